@@ -1,0 +1,240 @@
+"""The ADM encoder: a time-conditioned half U-Net that turns an image into features and outputs.
+
+Discriminator guidance uses it twice: as the frozen feature extractor (a noise-robust classifier, read after
+its middle block) and, shallow, as the discriminator's head on those features.  Parameter names are the
+published ones, so `32x32_classifier.pt` and `discriminator_60.pt` load strictly.
+
+Sources: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 3; Kim et al. 2023 (arXiv 2211.17091).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import UserError
+
+# The two networks of the published CIFAR-10 discriminator: 47,771,112 and 2,883,841 parameters.
+PUBLISHED_EXTRACTOR = dict(
+    image_size=32, in_channels=3, model_channels=128, out_channels=1000, num_res_blocks=4,
+    attention_resolutions=(1, 2, 4), channel_mult=(1, 2, 4),
+)
+PUBLISHED_HEAD = dict(
+    image_size=8, in_channels=512, model_channels=128, out_channels=1, num_res_blocks=2,
+    attention_resolutions=(1,), channel_mult=(1,),
+)
+
+
+def timestep_embedding(time, dim):
+    """Sinusoidal embedding (Vaswani et al. 2017, section 3.5), cosines first: time [N] -> [N, dim]."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=time.dtype, device=time.device))
+    angles = time[:, None] * freqs  # [N, dim/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # [N, dim]
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in at least float32, whatever autocast says, with the groups chosen from the width.
+
+    Groups: the largest divisor of `channels` that is at most 32 and leaves 4 channels in a group.  Every
+    published width gets the published 32; 32 channels get 8: a group of one channel would erase its mean.
+    """
+
+    def __init__(self, channels):
+        largest = max(1, min(32, channels // 4))
+        super().__init__(next(g for g in range(largest, 0, -1) if channels % g == 0), channels)
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # also 3x faster than the bfloat16 kernel
+        return super().forward(wide).to(x.dtype)
+
+
+def zero_init(layer):
+    """Start a residual branch as the zero function, so that a fresh block is the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def pointwise(conv, tokens):
+    """A kernel-one Conv1d (so the weights were published) on tokens [N, T, C], as a matrix product."""
+    return F.linear(tokens, conv.weight.squeeze(-1), conv.bias)
+
+
+def attend(q, k, v):
+    """Scaled dot-product attention: q [N, heads, S, c], k and v [N, heads, T, c] -> [N, heads, S, c]."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # the fused backward is 6 times slower here
+        return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(2, 3), dim=3) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class ResBlock(nn.Module):
+    """Residual block; time scales and shifts its second norm (ADM's adaptive group norm, eq. 3).
+
+    With down=True both branches are average-pooled by two.
+    """
+
+    def __init__(self, in_channels, out_channels, embedding_dim, down=False):
+        super().__init__()
+        self.down = down
+        self.in_layers = nn.Sequential(
+            GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, 2 * out_channels))
+        # The Identity keeps the published index of the convolution (a dropout of rate 0 stood there).
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels), nn.SiLU(), nn.Identity(),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, embedding):  # [N,C,h,w], [N,E]
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.down:
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        h = conv(h)
+        scale, shift = self.emb_layers(embedding)[:, :, None, None].chunk(2, dim=1)  # [N,C',1,1] each
+        norm, *rest = self.out_layers
+        h = torch.addcmul(shift, norm(h), 1 + scale)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h  # [N,C',h',w']
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over positions; each head's q, k, v lie together in the qkv channels."""
+
+    def __init__(self, channels, head_channels):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x, embedding):
+        n, c, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N,T,C]
+        qkv = pointwise(self.qkv, tokens).view(n, -1, self.heads, 3, c // self.heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [N,heads,T,c]
+        h = attend(q, k, v).transpose(1, 2).reshape(n, -1, c)  # [N,T,C]
+        return x + pointwise(self.proj_out, h).transpose(1, 2).view(n, c, height, width)
+
+
+class AttentionPool(nn.Module):
+    """The mean token asks all tokens (Radford et al. 2021); q, k, v are the outer split of the channels."""
+
+    def __init__(self, num_positions, channels, head_channels, out_channels):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.positional_embedding = nn.Parameter(torch.randn(channels, num_positions + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+
+    def forward(self, x):
+        n, c = x.shape[:2]
+        tokens = x.flatten(2).transpose(1, 2)  # [N,T,C]
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # [N,1+T,C]
+        tokens = tokens + self.positional_embedding.T
+        qkv = pointwise(self.qkv_proj, tokens).view(n, -1, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N,heads,1+T,c] each
+        h = attend(q[:, :, :1], k, v).reshape(n, c)  # only token 0 is read
+        return pointwise(self.c_proj, h)  # [N,out]
+
+
+class Stage(nn.ModuleList):
+    """Layers applied in turn, each given the time embedding."""
+
+    def forward(self, h, embedding):
+        for layer in self:
+            h = layer(h, embedding)
+        return h
+
+
+class Stem(nn.Conv2d):
+    """The first convolution; it has no use for the time embedding.
+
+    Its output is channels-last, the fast layout on CPUs and tensor cores, and every later layer keeps that.
+    """
+
+    def forward(self, x, embedding):
+        return super().forward(x).contiguous(memory_format=torch.channels_last)
+
+
+class EncoderUNet(nn.Module):
+    """ADM encoder with attention pooling.
+
+    image_size: side of the square input; in_channels, out_channels: of input and output
+    model_channels: base width; a level has model_channels * its entry of channel_mult
+    num_res_blocks: residual blocks a level; levels are separated by downsampling residual blocks
+    attention_resolutions: downsampling factors (after patching; 1 is the first level) whose blocks attend
+    num_head_channels: channels of an attention head; num_classes: 0, or the size of the label embedding
+    patch_size: p > 1 folds p x p pixels into channels before the stem, and the grid shrinks p-fold
+
+    Every option is kept in `config`; `feature_shape` is (F, h, w) of `features`.
+    Raises UserError for options that do not fit together and for inputs of the wrong shape.
+    """
+
+    def __init__(self, image_size, in_channels, model_channels, out_channels, num_res_blocks,
+                 attention_resolutions, channel_mult, num_head_channels=64, num_classes=0, patch_size=1):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        shrink = patch_size * 2 ** (len(widths) - 1)
+        if image_size % shrink:
+            raise UserError(f"image_size {image_size} is not a multiple of {shrink}, which patch_size "
+                            f"{patch_size} and {len(widths)} levels need")
+        attended = [w for level, w in enumerate(widths) if 2**level in attention_resolutions] + widths[-1:]
+        if any(width % num_head_channels for width in attended):
+            raise UserError(f"attention widths {attended} are not all multiples of num_head_channels "
+                            f"{num_head_channels}: change model_channels, channel_mult or num_head_channels")
+        self.feature_shape = (widths[-1], image_size // shrink, image_size // shrink)
+
+        embedding_dim = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
+        if num_classes:
+            self.label_emb = nn.Embedding(num_classes, embedding_dim)
+
+        width = widths[0]
+        self.input_blocks = nn.ModuleList([Stage([Stem(in_channels * patch_size**2, width, 3, padding=1)])])
+        for level, next_width in enumerate(widths):
+            if level > 0:
+                self.input_blocks.append(Stage([ResBlock(width, width, embedding_dim, down=True)]))
+            for _ in range(num_res_blocks):
+                layers = [ResBlock(width, next_width, embedding_dim)]
+                width = next_width
+                if 2**level in attention_resolutions:
+                    layers.append(AttentionBlock(width, num_head_channels))
+                self.input_blocks.append(Stage(layers))
+        self.middle_block = Stage([
+            ResBlock(width, width, embedding_dim), AttentionBlock(width, num_head_channels),
+            ResBlock(width, width, embedding_dim)])
+        positions = self.feature_shape[1] * self.feature_shape[2]
+        self.out = nn.Sequential(
+            GroupNorm(width), nn.SiLU(), AttentionPool(positions, width, num_head_channels, out_channels))
+
+    def features(self, x, vp_time, class_labels=None):
+        """Features after the middle block.
+
+        x: VP-scaled images [N, C, H, W]; vp_time: scalar or [N] in [0, 1]; class_labels: int64 [N] for a
+        class-conditional network, else None.  Returns [N, *feature_shape].
+        """
+        size, channels = self.config["image_size"], self.config["in_channels"]
+        if x.ndim != 4 or x.shape[1:] != (channels, size, size):
+            raise UserError(f"the encoder takes inputs [N, {channels}, {size}, {size}], got {list(x.shape)}")
+        if (class_labels is None) == hasattr(self, "label_emb"):
+            raise UserError("class labels are needed by class-conditional encoders, and only by those")
+        dtype = self.time_embed[0].weight.dtype
+        time = 999 * torch.as_tensor(vp_time, dtype=dtype, device=x.device).expand(len(x))  # as published
+        embedding = self.time_embed(timestep_embedding(time, self.config["model_channels"]))  # [N,E]
+        if class_labels is not None:
+            embedding = embedding + self.label_emb(class_labels)
+        h = F.pixel_unshuffle(x.to(dtype), self.config["patch_size"])  # [N,C p^2,H/p,W/p]
+        for block in self.input_blocks:
+            h = block(h, embedding)
+        return self.middle_block(h, embedding)
+
+    def forward(self, x, vp_time, class_labels=None):
+        """Outputs [N, out_channels]: extractor: class logits, head: log-density-ratio. See `features`."""
+        return self.out(self.features(x, vp_time, class_labels))

@@ -1,0 +1,144 @@
+"""Images as one uint8 array in one canonical order, whatever the source they came from.
+
+Fashion-MNIST: `DGUTILS_DATA`/fashion-mnist, Debian's package dataset-fashion-mnist, or torchvision's download.
+CIFAR-10: `DGUTILS_DATA`/cifar10/{train,test}.npz, or torchvision's download. Verified by checksum.
+"""
+
+import functools
+import gzip
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+from .noise import keyed_rng
+
+# sha256 of the canonical images and labels (see `_canonical`), measured once from two independent sources.
+CHECKSUMS = {
+    ("fashion_mnist", "train"): "fb5d0a725570ba10d59b1883c5f6883c2f9209c17326d54b9b7256193cf64c87",
+    ("fashion_mnist", "test"): "b894c7acc782f3717958fa49b59fbaeef40982989e4c9455e600811dec83c774",
+    ("cifar10", "train"): "d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85",
+    ("cifar10", "test"): "899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c",
+}
+CLASS_NAMES = {
+    "fashion_mnist": (
+        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    ),
+    "cifar10": (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    ),
+}  # fmt: skip
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def _data_root() -> Path | None:
+    return Path(os.environ["DGUTILS_DATA"]) if os.environ.get("DGUTILS_DATA") else None
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes (LeCun's MNIST format): 4-byte magic, one 4-byte size per axis, data."""
+    with gzip.open(path) as file:
+        data = file.read()
+    axes = data[3]
+    shape = np.frombuffer(data, ">i4", axes, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _from_torchvision(cls: str, split: str):
+    import torchvision
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dgutils" / "data"
+    dataset = getattr(torchvision.datasets, cls)(cache, train=split == "train", download=True)
+    return np.asarray(dataset.data), np.asarray(dataset.targets)
+
+
+def _fashion_mnist(split: str):
+    prefix = {"train": "train", "test": "t10k"}[split]
+    for folder in (_data_root() and _data_root() / "fashion-mnist", _DEBIAN):
+        if folder and folder.is_dir():
+            images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+            labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+            break
+    else:
+        images, labels = _from_torchvision("FashionMNIST", split)
+    return np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], labels  # 28x28 in a black 32x32 frame
+
+
+def _cifar10(split: str):
+    path = _data_root() and _data_root() / "cifar10" / f"{split}.npz"
+    if path and path.is_file():
+        with np.load(path, allow_pickle=False) as data:
+            return data["images"], data["labels"]
+    return _from_torchvision("CIFAR10", split)
+
+
+_READERS = {"fashion_mnist": _fashion_mnist, "cifar10": _cifar10}
+_REMEDIES = {
+    "fashion_mnist": "install the Debian package dataset-fashion-mnist, or put the four IDX .gz files into "
+    "$DGUTILS_DATA/fashion-mnist",
+    "cifar10": "set DGUTILS_DATA to a folder with cifar10/train.npz and cifar10/test.npz, or go online once",
+}
+
+
+def _canonical(images: np.ndarray, labels: np.ndarray):
+    """Sort by the digest of (label, pixels): an order that depends on the content alone, and looks random."""
+    images, labels = np.ascontiguousarray(images, np.uint8), np.asarray(labels, np.int64)
+    pairs = zip(images, labels.tolist(), strict=True)
+    digests = [hashlib.sha256(bytes([label]) + image.tobytes()).digest() for image, label in pairs]
+    order = sorted(range(len(images)), key=digests.__getitem__)
+    checksum = hashlib.sha256(b"".join(digests[i] for i in order)).hexdigest()
+    return images[order], labels[order], checksum
+
+
+@functools.cache
+def load_dataset(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, 32, 32, C] and labels int64 [N] of `name` ("fashion_mnist", "cifar10"), read-only.
+
+    Raises UserError for an unknown name or split, a source that is absent, or images with a wrong checksum.
+    """
+    if (name, split) not in CHECKSUMS:
+        raise UserError(f"no dataset '{name}' with split '{split}'; there are: {sorted(CHECKSUMS)}")
+    try:
+        images, labels, checksum = _canonical(*_READERS[name](split))
+    except UserError:
+        raise
+    except Exception as error:  # torchvision, gzip and numpy raise a dozen types; all mean: not readable
+        raise UserError(f"cannot read {name} ({split}): {error}; {_REMEDIES[name]}") from error
+    if checksum != CHECKSUMS[name, split]:
+        raise UserError(f"{name} ({split}) has checksum {checksum[:12]}, not the published images; {_REMEDIES[name]}")
+    images.flags.writeable = labels.flags.writeable = False
+    return images, labels
+
+
+def dataset_digest(name: str, split: str) -> str:
+    """The checksum that `load_dataset` enforces: the identity of these images in the store."""
+    return CHECKSUMS[name, split]
+
+
+def split_indices(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Train, validation and test indices: 80/10/10, stratified over `labels`, shuffled by `seed`.
+
+    Within each label the order is shuffled; of all images, label by label, every ninth and tenth of ten are
+    held out, so that sizes depend on the number of images alone and classes stay in proportion.
+    """
+    shuffled = [
+        keyed_rng(seed, i).permutation(np.flatnonzero(labels == label)) for i, label in enumerate(np.unique(labels))
+    ]
+    order, place = np.concatenate(shuffled), np.arange(len(labels)) % 10
+    return [np.sort(order[part]) for part in (place < 8, place == 8, place == 9)]
+
+
+def to_network(images: np.ndarray):
+    """uint8 [N, H, W, C] to float32 [N, C, H, W] in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def to_uint8(x) -> np.ndarray:
+    """[N, C, H, W] in [-1, 1] to uint8 [N, H, W, C], as EDM does it: 127.5 x + 128, clipped, truncated."""
+    import torch
+
+    return (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,319 @@
+"""Discriminators and their ensembles: the log-density-ratio log p_data / p_model at every noise level.
+
+A discriminator is a frozen ADM extractor and a shallow head on its features, trained to tell real from
+generated images after both were noised.  For balanced classes the head's logit is the log-density-ratio
+(Kim et al. 2023, section 3).  Members of an ensemble share the extractor: one pass of it serves them all.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .adm import EncoderUNet
+from .errors import UserError
+from .noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma
+
+# Third word of the random key: which use a stream serves (0 is the sampler's, see noise.PerSampleNoise).
+TRAINING, INITIALISATION, VALIDATION, EVALUATION = 1, 2, 3, 4
+
+
+# --- Combination rules: logits [M, N] of M members -> log-density-ratio [N] --------------------------------
+
+
+def mean_probability(logits):
+    """log(p / (1 - p)) of the mean p of the members' probabilities, finite for any finite logits."""
+    # The factor 1/M of both means cancels in the ratio.
+    return F.logsigmoid(logits).logsumexp(dim=0) - F.logsigmoid(-logits).logsumexp(dim=0)
+
+
+def mean_logit(logits):
+    """Mean of the log-density-ratios: the geometric mean of the members' density ratios."""
+    return logits.mean(dim=0)
+
+
+def median_logit(logits):
+    """Median of the log-density-ratios; of an even number, the mean of the middle two, gradient shared."""
+    ordered = logits.sort(dim=0).values
+    return (ordered[(len(logits) - 1) // 2] + ordered[len(logits) // 2]) / 2
+
+
+def raw_logits_as_probabilities(logits):
+    """The study's fault, kept to be measured: the clipped mean *logit* is taken for a probability.
+
+    Zero gradient unless the mean logit lies in (0, 1), and 1 / (m (1 - m)) >= 4 times too large inside.
+    """
+    m = logits.mean(dim=0).clamp(1e-5, 1 - 1e-5)
+    return torch.log(m / (1 - m))
+
+
+RULES = {
+    "mean_probability": mean_probability,
+    "mean_logit": mean_logit,
+    "median_logit": median_logit,
+    "raw_logits_as_probabilities": raw_logits_as_probabilities,
+}
+
+
+# --- Discriminators ----------------------------------------------------------------------------------------
+
+
+class Ensemble(nn.Module):
+    """Heads over one shared extractor, combined by a rule of RULES. Freezes the networks it is given."""
+
+    def __init__(self, extractor, heads, rule):
+        super().__init__()
+        if rule not in RULES:
+            raise UserError(f"unknown combination rule {rule!r}: choose one of {', '.join(RULES)}")
+        if not heads:
+            raise UserError("an ensemble needs at least one discriminator head")
+        self.extractor, self.heads, self.rule = extractor, nn.ModuleList(heads), rule
+        self.eval().requires_grad_(False)
+
+    def logits(self, x_vp, vp_time):
+        """Members' logits [M, N] at VP-scaled images x_vp [N, C, H, W] and VP time (scalar or [N])."""
+        features = self.extractor.features(x_vp, vp_time)  # [N,F,h,w]
+        logits = torch.stack([head(features, vp_time)[:, 0] for head in self.heads])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast leaves bfloat16
+
+    def log_density_ratio(self, x_vp, vp_time):
+        """Combined log p_data / p_model [N], in nats; arguments as in `logits`."""
+        return RULES[self.rule](self.logits(x_vp, vp_time))
+
+
+class Discriminator(Ensemble):
+    """A single discriminator: the ensemble of one."""
+
+    def __init__(self, extractor, head):
+        super().__init__(extractor, [head], "mean_logit")
+
+    def logit(self, x_vp, vp_time):
+        """Logit [N], which is the log-density-ratio; arguments as in `Ensemble.logits`."""
+        return self.log_density_ratio(x_vp, vp_time)
+
+
+def autocast(device, precision):
+    """Context in which networks run in `precision`, "float32" or "bfloat16" (mixed)."""
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f"unknown precision {precision!r}: choose float32 or bfloat16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+# --- Training ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemberConfig:
+    """How one discriminator is trained; min_time is the smallest VP time that it sees."""
+
+    name: str
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    min_time: float = 1e-5
+
+
+# The six discriminators of the study's table 1.
+TABLE_1 = (
+    MemberConfig("Paper", learning_rate=3e-4, weight_decay=1e-7, epochs=60, min_time=1e-5),
+    MemberConfig("D1", learning_rate=1e-3, weight_decay=1e-7, epochs=40, min_time=1e-5),
+    MemberConfig("D2", learning_rate=1e-4, weight_decay=0.0, epochs=40, min_time=1e-2),
+    MemberConfig("D3", learning_rate=1e-4, weight_decay=1e-3, epochs=40, min_time=1e-3),
+    MemberConfig("D4", learning_rate=5e-5, weight_decay=1e-9, epochs=40, min_time=1e-3),
+    MemberConfig("D5", learning_rate=1e-5, weight_decay=1e-11, epochs=200, min_time=1e-5),
+)
+
+
+@dataclass(frozen=True)
+class TrainedMember:
+    """A trained head: its last weights, those of lowest validation loss, and one row an epoch of losses."""
+
+    config: MemberConfig
+    last_state: dict[str, torch.Tensor]
+    best_state: dict[str, torch.Tensor]
+    history: list[dict]
+
+
+def perturb(images, vp_time, rng):
+    """VP forward process, x_vp = x / sqrt(1 + sigma^2) + sigma / sqrt(1 + sigma^2) z at sigma(vp_time).
+
+    images: uint8 [N, H, W, C]; vp_time: float64 [N]; rng: NumPy generator of z.
+    Returns float32 [N, C, H, W]; clean pixels lie in [-1, 1].
+    """
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    z = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    sigma = vp_time_to_sigma(vp_time)
+    mean, std = vp_scale(sigma), sigma * vp_scale(sigma)
+    return mean[:, None, None, None].float() * x + std[:, None, None, None].float() * z
+
+
+def init_head(head_config, seed, member):
+    """A fresh head whose weights depend on (seed, member) only; torch's global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(keyed_rng(seed, member, 0, INITIALISATION).integers(2**63)))
+        return EncoderUNet(**head_config)
+
+
+class _Trainee:
+    """A member in training. Its tensors and history are all the state there is."""
+
+    def __init__(self, config, head):
+        self.config, self.head, self.history, self.best_state = config, head, [], {}
+        self.optimizer = torch.optim.Adam(
+            head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+    def state(self):
+        """A copy of the head's weights on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
+
+    def tensors(self):
+        """Everything as one flat dict: head.*, best.* and adam.<parameter>.*, copies on the CPU."""
+        adam = {f"{i}.{name}": value.detach().cpu().clone()
+                for i, slots in self.optimizer.state_dict()["state"].items() for name, value in slots.items()}
+        groups = {"head": self.state(), "best": self.best_state, "adam": adam}
+        return {f"{group}.{name}": v for group, values in groups.items() for name, v in values.items()}
+
+    def load(self, tensors, history):
+        groups = {"head": {}, "best": {}, "adam": {}}
+        for key, value in tensors.items():
+            group, name = key.split(".", 1)
+            groups[group][name] = value.clone()
+        self.head.load_state_dict(groups["head"])
+        self.best_state, self.history = groups["best"], history
+        slots = {}
+        for key, value in groups["adam"].items():
+            index, name = key.split(".")
+            slots.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+
+    def record(self, row):
+        if row["val_loss"] < min((r["val_loss"] for r in self.history), default=math.inf):
+            self.best_state = self.state()
+        self.history.append(row)
+
+
+def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, learn):
+    """One pass over images[order]: losses and accuracies [len(trainees), 2], in nats and as fractions.
+
+    Every batch goes through the extractor once and then through each trainee's head.  Times have the training
+    density on [t_min, 1]; a trainee with a larger min_time uses only those at or above it, which have exactly
+    the training density of its own interval.  With learn, each trainee steps on each full batch.
+    """
+    device = next(extractor.parameters()).device
+    times = sample_vp_time(torch.from_numpy(rng.random(len(order))), t_min)  # float64 [n]
+    totals = torch.zeros(len(trainees), 3, dtype=torch.float64, device=device)  # loss, correct, count
+    for start in range(0, len(order) - (batch_size - 1 if learn else 0), batch_size):
+        rows = order[start : start + batch_size]
+        vp_time = times[start : start + batch_size]
+        x_vp = perturb(images[rows], vp_time, rng).to(device)
+        label = torch.from_numpy(labels[rows]).to(device, torch.float32)
+        with torch.no_grad(), autocast(device, precision):
+            features = extractor.features(x_vp, vp_time.to(device, torch.float32))
+        for trainee, total in zip(trainees, totals, strict=True):
+            seen = torch.nonzero(vp_time >= trainee.config.min_time)[:, 0].to(device)
+            if len(seen) == 0:
+                continue
+            with torch.set_grad_enabled(learn), autocast(device, precision):
+                logit = trainee.head(features[seen], vp_time.to(device, torch.float32)[seen])[:, 0].float()
+                loss = F.binary_cross_entropy_with_logits(logit, label[seen])
+            if learn:
+                trainee.optimizer.zero_grad()
+                loss.backward()
+                trainee.optimizer.step()
+            correct = ((logit > 0) == (label[seen] > 0.5)).sum()
+            total += torch.stack([loss.detach() * len(seen), correct, correct.new_tensor(len(seen))])
+    return (totals[:, :2] / totals[:, 2:]).cpu().numpy()
+
+
+def train_discriminators(
+    extractor, head_config: dict, images_train, labels_train, images_val, labels_val, members,
+    batch_size: int, seed: int, precision: str = "float32", sequential: bool = False,
+    progress: Callable[[str, dict], None] | None = None,
+    checkpoint: Callable[[dict, dict], None] | None = None,
+    resume: tuple[dict, dict] | None = None,
+) -> list[TrainedMember]:  # fmt: skip
+    """Train independent heads by binary cross-entropy on noised images (Kim et al. 2023, eq. 6).
+
+    images_*: uint8 [N, H, W, C]; labels_*: [N], 1 real and 0 generated, as many of each.
+    members: MemberConfigs; all train side by side, and each leaves when its epochs are done.
+    seed: with a member's index it fixes the initial weights, with the epoch the order of the images and their
+    noise, and alone the noise of validation.
+    sequential: the study's fault, one network carried through all settings in turn (a fresh optimiser each).
+    progress(name, row) is called with every new row of history: epoch, train_* and val_* loss and accuracy.
+    checkpoint(tensors, info) is called after every pass with flat CPU tensors and a JSON-able dict; `resume`
+    is such a pair, and going on from it gives the same bits as never having stopped.
+    Raises UserError for unbalanced data, fewer images than a batch, an unusable member, unknown precision.
+    """
+    for images, labels in ((images_train, labels_train), (images_val, labels_val)):
+        if len(images) != len(labels) or 2 * np.sum(labels) != len(labels):
+            raise UserError(f"{len(images)} images, {len(labels)} labels, {int(np.sum(labels))} real: "
+                            "give as many real as generated, or logits are not log-density-ratios")
+    if not 1 <= batch_size <= len(images_train):
+        raise UserError(f"batch_size {batch_size}: use at most the {len(images_train)} training images")
+    for member in members:
+        if member.epochs < 1 or not 0 < member.min_time < 1:
+            raise UserError(f"discriminator {member.name}: epochs must be >= 1 and 0 < min_time < 1")
+
+    device = next(extractor.parameters()).device
+    extractor.eval().requires_grad_(False)
+    trainees = [_Trainee(c, init_head(head_config, seed, m).to(device)) for m, c in enumerate(members)]
+    # A round is one pass over the data: side by side it is an epoch of all unfinished members, else of one.
+    if sequential:
+        rounds = [(epoch, [m]) for m, c in enumerate(members) for epoch in range(c.epochs)]
+    else:
+        rounds = [(epoch, [m for m, c in enumerate(members) if epoch < c.epochs])
+                  for epoch in range(max(c.epochs for c in members))]
+    rounds_done = 0
+    if resume is not None:
+        tensors, info = resume
+        rounds_done = info["rounds_done"]
+        for m, trainee in enumerate(trainees):
+            own = {k.removeprefix(f"{m}."): v for k, v in tensors.items() if k.startswith(f"{m}.")}
+            trainee.load(own, list(info["histories"][m]))
+
+    for number, (epoch, active) in list(enumerate(rounds))[rounds_done:]:
+        if sequential and epoch == 0 and number > 0:
+            trainees[active[0]].head.load_state_dict(trainees[active[0] - 1].head.state_dict())
+        now = [trainees[m] for m in active]
+        rng = keyed_rng(seed, number, 0, TRAINING)
+        train = _run_batches(
+            extractor, now, images_train, labels_train, rng.permutation(len(images_train)),
+            min(trainee.config.min_time for trainee in now), rng, batch_size, precision, learn=True)
+        val = _run_batches(
+            extractor, now, images_val, labels_val, np.arange(len(images_val)),
+            min(config.min_time for config in members), keyed_rng(seed, 0, 0, VALIDATION),
+            batch_size, precision, learn=False)
+        for trainee, train_scores, val_scores in zip(now, train.tolist(), val.tolist(), strict=True):
+            row = {"epoch": epoch + 1, "train_loss": train_scores[0], "train_accuracy": train_scores[1],
+                   "val_loss": val_scores[0], "val_accuracy": val_scores[1]}
+            trainee.record(row)
+            if progress:
+                progress(trainee.config.name, row)
+        if checkpoint:
+            tensors = {f"{m}.{k}": v for m, t in enumerate(trainees) for k, v in t.tensors().items()}
+            checkpoint(tensors, {"rounds_done": number + 1, "histories": [list(t.history) for t in trainees]})
+
+    return [TrainedMember(t.config, t.state(), t.best_state, t.history) for t in trainees]
+
+
+@torch.no_grad()
+def evaluate_logits(ensemble, images, vp_times, seed: int, batch_size: int, precision: str = "float32"):
+    """Logits of held-out images at each noise level, for calibration by level: float32 [M, levels, N].
+
+    images: uint8 [N, H, W, C]; vp_times: [levels]; the noise of a level is a function of (seed, its index).
+    """
+    device = next(ensemble.parameters()).device
+    logits = np.empty((len(ensemble.heads), len(vp_times), len(images)), np.float32)
+    for level, vp_time in enumerate(vp_times):
+        rng = keyed_rng(seed, level, 0, EVALUATION)
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            time = torch.full((len(images[rows]),), float(vp_time), dtype=torch.float64)
+            x_vp = perturb(images[rows], time, rng).to(device)
+            with autocast(device, precision):
+                logits[:, level, rows] = ensemble.logits(x_vp, time).cpu().numpy()
+    return logits

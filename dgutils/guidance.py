@@ -1,0 +1,90 @@
+"""Discriminator guidance (Kim et al. 2023): a denoiser corrected by the gradient of a log-density-ratio.
+
+With log r = log p_data / p_model, the score of the data is the model's score plus grad log r (DG eq. 8), and
+by D = x + sigma^2 score that is one line on denoisers:  D_guided = D + w sigma^2 grad_x log r(x, sigma).
+"""
+
+import torch
+
+from .discriminator import autocast
+from .errors import UserError
+from .noise import sigma_to_vp_time, vp_scale
+from .sampler import Denoise
+
+# Boosting (DG section 4.3): (period, phase) of the steps with extra noise, and of those with doubled guidance.
+# "released" is the authors' code; "paper" is their text, every odd denoising step for both.
+BOOSTING = {"none": None, "released": ((5, 0), (2, 0)), "paper": ((2, 1), (2, 1))}
+BOOST_CHURN, BOOST_FACTOR = 4.0, 2.0
+
+
+def grad_log_density_ratio(ensemble, x: torch.Tensor, sigma: torch.Tensor, precision: str = "float32"):
+    """Gradient of log r by x, [N, C, H, W], and log r in nats, [N]; both float64.
+
+    x is noised in the EDM way, clean + sigma z; the discriminator sees x_vp = x / sqrt(1 + sigma^2) at time
+    tau(sigma), so the chain rule brings one factor 1 / sqrt(1 + sigma^2). sigma: [N], float64.
+    """
+    scale = vp_scale(sigma)[:, None, None, None]
+    x_vp = (x * scale).detach().requires_grad_()
+    with torch.enable_grad(), autocast(x.device, precision):
+        log_ratio = ensemble.log_density_ratio(x_vp, sigma_to_vp_time(sigma))
+        (grad,) = torch.autograd.grad(log_ratio.sum(), x_vp)
+    return grad.double() * scale, log_ratio.detach().double()
+
+
+class GuidedDenoiser:
+    """A denoiser with discriminator guidance, for `edm_sampler`; use its `churn` too when boosting.
+
+    denoise: the unguided denoiser; ensemble: has log_density_ratio(x_vp, vp_time).
+    weight_1st_order acts on the Euler predictor, weight_2nd_order on the Heun corrector.
+    time_min, time_max: VP times outside of which there is no guidance. boosting: a name of `BOOSTING`.
+    `last_log_ratio` [N] and `last_guidance` [N, C, H, W] keep the newest predictor's values for inspection.
+    """
+
+    def __init__(self, denoise: Denoise, ensemble, weight_1st_order=2.0, weight_2nd_order=0.0,
+                 time_min=0.01, time_max=1.0, boosting="none", precision="float32"):  # fmt: skip
+        if boosting not in BOOSTING:
+            raise UserError(f"unknown boosting '{boosting}'; choose one of {', '.join(BOOSTING)}")
+        if not 0 <= time_min <= time_max <= 1:
+            raise UserError(f"guidance window [{time_min}, {time_max}]: needs 0 <= time_min <= time_max <= 1")
+        if weight_1st_order < 0 or weight_2nd_order < 0:
+            raise UserError(f"guidance weights {weight_1st_order}, {weight_2nd_order} must not be negative")
+        self.denoise, self.ensemble, self.precision = denoise, ensemble, precision
+        self.weights = {1: weight_1st_order, 2: weight_2nd_order}
+        self.time_min, self.time_max, self.boosting = time_min, time_max, BOOSTING[boosting]
+        self.last_log_ratio = self.last_guidance = None
+
+    def __call__(self, x, sigma, step, order):
+        return self.denoise(x, sigma, step, order) + self.guidance(x, sigma, step, order)
+
+    def guidance(self, x, sigma, step, order):
+        """w sigma^2 grad log r, [N, C, H, W]: what guidance adds to the denoised image. Zero outside the window."""
+        vp_time = sigma_to_vp_time(sigma)
+        inside = (vp_time >= self.time_min) & (vp_time <= self.time_max)
+        if not self.weights[order] or not inside.any():
+            if order == 1:
+                self.last_log_ratio, self.last_guidance = None, torch.zeros_like(x)
+            return torch.zeros_like(x)
+        grad, log_ratio = grad_log_density_ratio(self.ensemble, x, sigma, self.precision)
+        factor = self.weights[order] * sigma**2 * inside
+        if order == 1:
+            # Outside the window nothing is known of a sample, which counts as "not in need" (as released).
+            log_ratio = torch.where(inside, log_ratio, torch.inf)
+            if self.boosting and step % self.boosting[1][0] == self.boosting[1][1]:
+                factor = torch.where(log_ratio < 0, BOOST_FACTOR * factor, factor)
+        guidance = factor[:, None, None, None] * grad
+        if order == 1:
+            self.last_log_ratio, self.last_guidance = log_ratio, guidance
+        return guidance
+
+    def churn(self, num_images: int, device="cpu"):
+        """S_churn by step for `edm_sampler`: on boosted steps, 4 for samples whose previous log r was negative."""
+
+        def s_churn(step):
+            churn = torch.zeros(num_images, device=device)
+            if self.boosting and self.last_log_ratio is not None:
+                period, phase = self.boosting[0]
+                if step % period == phase:
+                    churn[self.last_log_ratio < 0] = BOOST_CHURN
+            return churn
+
+        return s_churn

@@ -1,0 +1,87 @@
+"""Noise levels, diffusion times and random draws.
+
+Two clocks describe the same noise. EDM measures it by `sigma`, the standard deviation added to clean data
+(Karras et al. 2022); the discriminator was built for the variance-preserving (VP) process and measures it by
+`vp_time`, tau in [0, 1] (Song et al. 2021, beta_min 0.1, beta_max 20). Everything here is float64: the authors'
+sampler lost noise levels to float32 and returned NaN (FACTS, section 5).
+"""
+
+import numpy as np
+import torch
+
+from .errors import UserError
+
+BETA_MIN, BETA_MAX = 0.1, 20.0
+
+
+def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+    """Noise levels of the sampler, EDM eq. 5: `num_steps` decreasing values, then 0. Float64 [num_steps + 1].
+
+    Raises UserError unless num_steps >= 2 and 0 < sigma_min < sigma_max.
+    """
+    if num_steps < 2 or not 0 < sigma_min < sigma_max or rho <= 0:
+        raise UserError(
+            f"karras_sigmas: num_steps={num_steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
+            "needs num_steps >= 2, 0 < sigma_min < sigma_max and rho > 0"
+        )
+    ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
+    lowest, highest = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = (highest + ramp * (lowest - highest)) ** rho
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+def _time_from_log_variance(log_one_plus_variance):
+    """VP time tau at which log(1 + sigma^2) = b0 tau + (b1 - b0) tau^2 / 2 (the integral of beta)."""
+    slope = BETA_MAX - BETA_MIN
+    return (-BETA_MIN + (BETA_MIN**2 + 2 * slope * log_one_plus_variance) ** 0.5) / slope
+
+
+def sigma_to_vp_time(sigma: torch.Tensor) -> torch.Tensor:
+    """VP time tau of the noise level `sigma` (DG appendix; FACTS section 1). Same shape; dtype kept."""
+    return _time_from_log_variance(torch.log1p(sigma**2))
+
+
+def vp_time_to_sigma(vp_time: torch.Tensor) -> torch.Tensor:
+    """The inverse of `sigma_to_vp_time`: sigma = sqrt(exp(integral of beta) - 1)."""
+    return torch.expm1(BETA_MIN * vp_time + 0.5 * (BETA_MAX - BETA_MIN) * vp_time**2).sqrt()
+
+
+def vp_scale(sigma: torch.Tensor) -> torch.Tensor:
+    """Mean scale of the VP process at noise level `sigma`: x_vp = x / sqrt(1 + sigma^2)."""
+    return (1 + sigma**2).rsqrt()
+
+
+def sample_vp_time(u: torch.Tensor, t_min: float = 1e-5) -> torch.Tensor:
+    """Diffusion times for training a discriminator, by inverse CDF of uniforms `u` in [0, 1).
+
+    DG draws tau on [t_min, 1] with density proportional to g^2 / sigma_VP^2. With the antiderivative
+    log(expm1(B(t))) of that density, B the integral of beta, this is log-uniform in sigma.
+    """
+    ends = vp_time_to_sigma(torch.tensor([t_min, 1.0], dtype=torch.float64)).log()
+    log_sigma = ends[0] + u.double() * (ends[1] - ends[0])
+    return sigma_to_vp_time(log_sigma.exp())
+
+
+def keyed_rng(seed: int, *key: int) -> np.random.Generator:
+    """A random generator that is a pure function of (seed, *key): counter-based Philox, up to three keys."""
+    counter = [0, *key, *[0] * (3 - len(key))]  # word 0 counts the draws, the others hold the key
+    return np.random.Generator(np.random.Philox(key=seed, counter=counter))
+
+
+class PerSampleNoise:
+    """Standard normal noise, one stream per image, each draw a function of (seed, step) alone.
+
+    A set of images is therefore the same whatever the batch size, the device or the number of processes.
+
+    seeds: one integer >= 0 per image; shape: (C, H, W) of one image.
+    """
+
+    def __init__(self, seeds, shape, device="cpu"):
+        self.seeds, self.shape, self.device = [int(s) for s in seeds], tuple(shape), device
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError("PerSampleNoise: needs at least one seed, each >= 0")
+
+    def draw(self, step: int) -> torch.Tensor:
+        """Float64 [N, C, H, W]. Step 0 is the latent; step i + 1 is the noise that churn adds at step i."""
+        draws = [keyed_rng(seed, step).standard_normal(self.shape) for seed in self.seeds]
+        return torch.from_numpy(np.stack(draws)).to(self.device)

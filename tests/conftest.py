@@ -1,0 +1,12 @@
+"""What all tests share."""
+
+import os
+
+from hypothesis import settings
+
+# Before torch is imported, and through the environment, so that kernels and other processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# The same examples on every run, and no failure because a shared machine is slow.
+settings.register_profile("dgutils", derandomize=True, deadline=None)
+settings.load_profile("dgutils")

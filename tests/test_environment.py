@@ -1,0 +1,108 @@
+"""One list of versions: requirements.txt. Everything else that names a package agrees with it."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+LINES = [line.split(" #")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+PINS = {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(re.compile("[^#]").match, LINES))}
+# torch pins these itself, per platform
+FROM_TORCH = re.compile(r"nvidia-|cuda-|triton$")
+
+
+def test_every_requirement_is_pinned_once():
+    assert len(PINS) == sum(bool(re.match("[^#]", line)) for line in LINES) > 100
+    for pin in PINS.values():
+        assert [spec.operator for spec in pin.specifier] == ["=="] and "*" not in str(pin.specifier), pin
+
+
+def test_pins_are_closed_under_dependencies():
+    """Nothing that a pinned package needs here is left to chance, and each pin satisfies who needs it."""
+    for name, pin in PINS.items():
+        if pin.marker and not pin.marker.evaluate():
+            continue
+        for needed in map(Requirement, importlib.metadata.requires(name) or []):
+            if needed.marker and not needed.marker.evaluate({"extra": ""}):
+                continue
+            dependency = canonicalize_name(needed.name)
+            if not FROM_TORCH.match(dependency):
+                assert dependency in PINS, f"{name} needs {needed}, which requirements.txt does not pin"
+                version = next(iter(PINS[dependency].specifier)).version
+                assert needed.specifier.contains(version, prereleases=True), f"{name} needs {needed}"
+
+
+def test_installed_versions_are_the_pinned_ones():
+    installed = {name: importlib.metadata.version(name) for name, pin in PINS.items()
+                 if not pin.marker or pin.marker.evaluate()}
+    assert {n: v for n, v in installed.items() if not PINS[n].specifier.contains(v, prereleases=True)} == {}
+
+
+def test_pins_suit_the_oldest_python_that_we_promise():
+    """Debian 12 has Python 3.11.2; pip on a newer one happily picks what that one refuses."""
+    for name, pin in PINS.items():
+        if not pin.marker or pin.marker.evaluate():
+            wanted = importlib.metadata.metadata(name)["Requires-Python"] or ""
+            assert SpecifierSet(wanted).contains("3.11.0"), f"{pin} needs Python {wanted}"
+
+
+def test_conda_users_get_the_same_versions():
+    python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert pip == "pip" and packages == {"pip": ["-r requirements.txt", "-e ."]}  # none of its own
+    lowest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert Requirement(f"python{lowest}").specifier.contains(python.removeprefix("python="))
+
+
+def test_pyproject_reads_the_same_list():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert project["project"]["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_no_package_index_is_named():
+    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "dgutils/setup.sh"):
+        assert not re.search(r"https?://|index-url|find-links", (ROOT / name).read_text()), name
+
+
+@pytest.fixture
+def bare_machine(tmp_path):
+    """Runs setup.sh in an empty folder, on a PATH that holds nothing but the named programs."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+
+    def setup(part: str, **scripts: str) -> subprocess.CompletedProcess:
+        for name, body in scripts.items():
+            (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+            (programs / name).chmod(0o755)
+        return subprocess.run(["/bin/sh", ROOT / "dgutils/setup.sh", part], cwd=tmp_path, text=True,
+                              env={"PATH": str(programs)}, capture_output=True)
+
+    return setup
+
+
+@pytest.mark.parametrize("part, advice", [("venv", "apt-get install python3 python3-venv"),
+                                          ("tex", "apt-get install texlive-latex-recommended")])
+@pytest.mark.parametrize("apt", [{}, {"apt-get": "exit 1", "id": "echo 1000", "sudo": "exit 1"},
+                                 {"apt-get": "exit 100", "id": "echo 0", "env": "exit 100"}],
+                         ids=["no apt-get", "no right to install", "apt-get fails"])
+def test_what_cannot_be_installed_is_one_line_of_advice(bare_machine, part, advice, apt):
+    result = bare_machine(part, **apt)
+    said = [line for line in result.stderr.splitlines() if not line.startswith("setup: installing")]
+    assert result.returncode == 2 and len(said) == 1 and advice in said[0]
+
+
+def test_missing_data_package_is_no_failure(bare_machine):
+    if os.path.exists("/usr/share/datasets/fashion-mnist"):
+        assert bare_machine("data", **{"apt-get": "exit 100"}).stderr == ""  # apt-get is not asked
+    else:
+        result = bare_machine("data", **{"apt-get": "exit 100", "id": "echo 1000", "sudo": "exit 1"})
+        assert result.returncode == 0 and "apt-get install dataset-fashion-mnist" in result.stderr

@@ -1,0 +1,212 @@
+"""Result records: kept at full precision, printed by rule, never mixed, never retyped."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from dgutils import results
+from dgutils.errors import UserError
+from dgutils.results import (
+    Recorder,
+    format_value,
+    latex_escape,
+    load_results,
+    print_summary,
+    published,
+    write_latex,
+)
+
+WHERE = dict(label="FD", cell="The table of arms")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "results"
+
+
+def evaluation(root, fd=13.812345678901234, profile="quick"):
+    """The recorder of a small evaluation notebook."""
+    recorder = Recorder(profile, "04_evaluation", root)
+    recorder.record("fd.unguided", 25.3, interval=(24.8, 25.9), level=0.95, n=1000, seeds=range(50, 1050),
+                    **WHERE)
+    recorder.record("fd.ensemble", fd, interval=(13.1, 14.6), level=0.95, artifacts=["ab" * 32], **WHERE)
+    recorder.record("kid.ensemble", np.float32(-0.00012), digits=4, **WHERE)
+    recorder.record("time.sampling", 47, unit="%", **WHERE)
+    recorder.record("fd.direction", "lower", **WHERE)
+    recorder.table("arms", ["Arm", "FD", "KID", "EDM"], caption="FD over 1,000 images.",
+                   rows=[("Unguided & plain", "fd.unguided", None, "dg.edm.fid"),
+                         ("Ensemble", "fd.ensemble", "kid.ensemble", "dg.edmgpp.fid")])
+    return recorder
+
+
+# --- recording and reading
+
+
+def test_records_come_back_at_full_precision_with_their_origin(root):
+    path = evaluation(root).write()
+    assert path == root / "quick" / "04.json"
+    loaded = load_results("quick", root)
+    record = loaded["fd.ensemble"]
+    assert record["value"] == 13.812345678901234 and record["artifacts"] == ["ab" * 32]
+    assert record["notebook"] == "04_evaluation" and record["cell"] == "The table of arms"
+    assert {"date", "device", "revision", "versions"} <= record["provenance"].keys()
+    assert loaded["fd.unguided"]["seeds"] == {"first": 50, "count": 1000}
+    assert loaded["kid.ensemble"]["value"] == float(np.float32(-0.00012))
+
+
+def test_same_results_leave_the_file_alone_and_new_ones_change_it(root, monkeypatch):
+    path = evaluation(root).write()
+    before = path.read_bytes()
+    monkeypatch.setattr(results, "now", lambda: "2100-01-01T00:00:00+00:00")
+    evaluation(root).write()
+    assert path.read_bytes() == before
+    evaluation(root, fd=13.8).write()
+    content = json.loads(path.read_text())
+    assert content["records"]["fd.ensemble"]["value"] == 13.8
+    assert content["provenance"]["date"].startswith("2100")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(key="FD", value=1.0), "result key 'FD'"), (dict(key="fd..x", value=1.0), "result key"),
+    (dict(key="fd}", value=1.0), "result key"), (dict(key="fd", value=float("nan")), "fd is nan"),
+    (dict(key="fd", value=np.float64("inf")), "fd is inf"), (dict(key="fd", value=None), "neither a number"),
+    (dict(key="fd", value=True), "neither a number"), (dict(key="fd", value=np.zeros(2)), "neither a number"),
+    (dict(key="fd", value=1.0, interval=(0, 2)), "needs its level"),
+    (dict(key="fd", value=1.0, level=0.95), "needs its level"),
+    (dict(key="fd", value=1.0, interval=(2, 0), level=0.95), r"not \[low, high\]"),
+    (dict(key="fd", value=1.0, interval=(0, float("inf")), level=0.95), "fd is inf")])
+def test_bad_records_are_refused(root, arguments, words):
+    with pytest.raises(UserError, match=words):
+        Recorder("quick", "04_evaluation", root).record(**arguments, **WHERE)
+
+
+def test_bad_tables_are_refused(root):
+    recorder = Recorder("quick", "04_evaluation", root)
+    with pytest.raises(UserError, match="table name 'a b'"):
+        recorder.table("a b", ["x"], [])
+    with pytest.raises(UserError, match="every row needs 2 cells"):
+        recorder.table("arms", ["Arm", "FD"], [("Unguided",)])
+
+
+def test_profiles_never_mix(root):
+    evaluation(root).write()
+    (root / "paper").mkdir()
+    shutil.copy(root / "quick" / "04.json", root / "paper" / "04.json")
+    with pytest.raises(UserError, match="results of profile 'quick': remove it"):
+        load_results("paper", root)
+
+
+def test_missing_damaged_and_double_results_are_refused(root):
+    with pytest.raises(UserError, match="make reproduce PROFILE=quick"):
+        load_results("quick", root)
+    path = evaluation(root).write()
+    other = Recorder("quick", "05_reproduction", root)
+    other.record("fd.ensemble", 1.0, **WHERE)
+    other.write()
+    with pytest.raises(UserError, match="'fd.ensemble' is recorded elsewhere too"):
+        load_results("quick", root)
+    for damage in ("", "{", "[]"):
+        path.write_text(damage)
+        with pytest.raises(UserError, match="04.json is not a results file"):
+            load_results("quick", root)
+
+
+def test_unwritable_results_are_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot read and write under"):
+        evaluation(tmp_path / "file").write()
+
+
+def test_published_numbers():
+    numbers = published()
+    assert numbers["dg.edm.fid"]["value"] == 2.03 and numbers["dg.edmgpp.fid"]["value"] == 1.77
+    assert format_value(numbers["study.ensemble.fid"]) == "14.348"
+    assert format_value(numbers["dg.lsgm.fid"]) == "2.10"
+    assert format_value(numbers["later.sims.nfe"]) == "70"
+    assert all(record["source"] and record["where"] and record["label"] for record in numbers.values())
+
+
+# --- printing
+
+
+@pytest.mark.parametrize("value, interval, digits, unit, text", [
+    (13.8123, (13.1, 14.6), None, "", "13.8 [13.1, 14.6]"),
+    (356.2, (346.0, 367.0), None, "", "356 [346, 367]"),
+    (1.84, (1.83, 1.85), None, "", "1.84 [1.83, 1.85]"),
+    (-0.06, (-0.11, 0.02), 2, "", "-0.06 [-0.11, 0.02]"),
+    (3, (2, 5), 1, "", "3.0 [2.0, 5.0]"),
+    (2.5, (2.5, 2.5), None, "", "2.50 [2.50, 2.50]"),
+    (2.0, None, None, "", "2.00"),
+    (0.01234, None, None, "", "0.0123"),
+    (1234.4, None, None, "s", "1234 s"),
+    (50000, None, None, "images", "50,000 images"),
+    (-0.04, None, 1, "", "0.0"),
+    (0.0, None, None, "", "0"),
+    ("lower", None, None, "", "lower")])
+def test_rounding(value, interval, digits, unit, text):
+    record = {"value": value, "interval": interval, "digits": digits, "unit": unit}
+    assert format_value(record) == text
+    latex = text.replace("-", r"\ensuremath{-}").replace(" ", "~").replace(",~", ", ")
+    assert format_value(record, latex=True) == latex
+
+
+def test_latex_escape():
+    assert latex_escape(r"a_b & 5% {x} $1 #2 ~^ \n") == (
+        r"a\_b \& 5\% \{x\} \$1 \#2 \textasciitilde{}\textasciicircum{} \textbackslash{}n")
+
+
+def test_markdown_and_summary(root, capsys):
+    evaluation(root).write()
+    print_summary("quick", root)
+    assert capsys.readouterr().out == """
+Results, profile quick: FD over 1,000 images.
+
+| Arm              | FD                | KID     | EDM  |
+|------------------|-------------------|---------|------|
+| Unguided & plain | 25.3 [24.8, 25.9] |         | 2.03 |
+| Ensemble         | 13.8 [13.1, 14.6] | -0.0001 | 1.77 |
+"""
+
+
+def test_unknown_names_are_one_clear_line(root):
+    recorder = evaluation(root)
+    recorder.table("wrong", ["Arm", "FD"], [("Unguided", "fd.ungided")])
+    recorder.write()
+    with pytest.raises(UserError, match="no result 'fd.ungided' in profile quick"):
+        write_latex("quick", root, root / "generated")
+    with pytest.raises(UserError, match="no table 'arm' in profile quick"):
+        load_results("quick", root).markdown("arm")
+
+
+def test_latex_files_change_only_with_results(root, tmp_path):
+    evaluation(root).write()
+    generated = tmp_path / "generated"
+    numbers = write_latex("quick", root, generated)
+    table = (generated / "table_arms.tex").read_text()
+    assert r"Unguided \& plain & 25.3~[24.8, 25.9] &  & 2.03 \\" in table and "|" not in table
+    (generated / "table_old.tex").write_text("of another profile")
+    times = numbers.stat().st_mtime_ns
+    write_latex("quick", root, generated)
+    assert numbers.stat().st_mtime_ns == times and not (generated / "table_old.tex").exists()
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_latex_builds_and_an_unknown_key_stops_it(root, tmp_path):
+    evaluation(root).write()
+    write_latex("quick", root, tmp_path)
+    known = r"\section{\res{fd.ensemble}}\resval{kid.ensemble}, \resn{fd.unguided}, \resint{fd.unguided}, "
+    known += r"\res{time.sampling} \res{fd.direction} \res{study.ensemble.fid_metrics_file} \dgprofile\par"
+    for name, text, log in (("good", known, None),
+                            ("key", r"\res{fd.ensembel}", "No text of result 'fd.ensembel' in profile quick"),
+                            ("n", r"\resn{kid.ensemble}", "No n of result 'kid.ensemble' in profile quick")):
+        (tmp_path / f"{name}.tex").write_text(
+            r"\documentclass{article}\usepackage{booktabs}\input{numbers}\begin{document}" + "\n" + text
+            + "\n" + r"\input{table_arms}\end{document}")
+        process = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"{name}.tex"],
+                                 cwd=tmp_path, capture_output=True, text=True)
+        output = process.stdout.replace("\n", "")
+        assert (tmp_path / f"{name}.pdf").exists() == (process.returncode == 0) == (log is None), output
+        assert log is None or log in output

@@ -1,0 +1,426 @@
+"""The store keeps what is whole, computes what is missing, and never uses or loses what is damaged."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dgutils.errors import UserError
+from dgutils.store import Store, canonical_json, digest_of_array, digest_of_file, save_array, write_file
+
+REPO = Path(__file__).parent.parent
+CONFIG = {"num_steps": 18, "weight": 2.0, "window": [0.01, 1.0]}
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def store(tmp_path, lines):
+    return Store(tmp_path / "runs", log=lines.append)
+
+
+def numbers(folder):
+    """A step that writes two files."""
+    save_array(folder / "a.npy", np.arange(1000.0))
+    (folder / "sub").mkdir()
+    (folder / "sub" / "note.txt").write_text("hello")
+    return {"seed": 7}
+
+
+def forbidden(_):
+    raise AssertionError("computed what was there")
+
+
+def rows_of(seeds):
+    """A sharded step: rows are functions of their seeds."""
+    images = [np.random.default_rng(seed).integers(0, 256, (4, 4), np.uint8) for seed in seeds]
+    return {"images": np.array(images), "seed": np.array(seeds)}
+
+
+def run_python(code, *arguments, **options):
+    """Start a Python process on the store module."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=REPO, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def foreign(path):
+    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+def remove(path):
+    path.unlink()
+
+
+# --- identity
+
+
+def test_digest_does_not_depend_on_key_order_or_number_form(store):
+    other = {"window": (0.01, 1), "weight": np.float64(2), "num_steps": 18.0}
+    assert store.artifact("generate", 1, CONFIG).digest == store.artifact("generate", 1, other).digest
+    assert canonical_json({"b": 1, "a": [1.5, None]}) == '{"a":[1.5,null],"b":1}'
+
+
+def test_digest_depends_on_every_component(store):
+    base = dict(step="generate", version=1, config=CONFIG, inputs={"images": "ab"})
+    changes = [{}, {"step": "train"}, {"version": 2}, {"config": CONFIG | {"weight": 2.0000001}},
+               {"config": CONFIG | {"seed": None}}, {"config": CONFIG | {"weight": "2"}},
+               {"config": CONFIG | {"window": [1.0, 0.01]}}, {"inputs": {"images": "ac"}},
+               {"inputs": {"labels": "ab"}}, {"inputs": {}}]
+    digests = [store.artifact(**(base | change)).digest for change in changes]
+    shards = [store.artifact(**base).shards(*size).artifact.digest for size in ((10,), (20,), (10, 10))]
+    assert len(set(digests + shards)) == len(digests) + len(shards)
+
+
+def test_digest_of_n_rows_depends_on_n(store):
+    fakes = store.artifact("generate", 1, CONFIG).shards(10)
+    assert fakes.digest(10) != fakes.digest(11)
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"s_max": float("inf")}, "s_max is inf"), ({"a": {"b": float("nan")}}, r"a\.b is nan"),
+    ({"path": Path("x")}, "path is a"), ({"x": np.zeros(2)}, "x is a ndarray"), ({1: 2}, "config is a dict")])
+def test_config_that_is_not_json_is_refused(store, config, words):
+    with pytest.raises(UserError, match=words):
+        store.artifact("generate", 1, config)
+
+
+@pytest.mark.parametrize("step", ["", "../up", "Generate", "a b"])
+def test_step_name_is_checked(store, step):
+    with pytest.raises(UserError, match="step name"):
+        store.artifact(step, 1, {})
+
+
+def test_digest_of_array_and_file(tmp_path):
+    a = np.arange(6, dtype=np.float32)
+    assert len({digest_of_array(b) for b in (a, a.reshape(2, 3), a.view(np.int32), a + 1)}) == 4
+    transposed = a.reshape(2, 3).T
+    assert digest_of_array(transposed) == digest_of_array(np.ascontiguousarray(transposed))
+    (tmp_path / "x").write_bytes(b"abc")
+    assert digest_of_file(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")  # FIPS 180-2
+
+
+# --- simple artifacts
+
+
+def test_miss_computes_and_hit_does_not(store, lines):
+    artifact = store.artifact("train", 1, CONFIG, label="member 1").compute(numbers)
+    again = store.artifact("train", 1, CONFIG, label="member 1").compute(forbidden)
+    assert [line.split()[0] for line in lines] == ["MISS", "HIT"]
+    assert lines[0] == f"MISS train {artifact.digest[:16]} (member 1): nothing stored yet"
+    assert (again.path / "sub" / "note.txt").read_text() == "hello"
+    manifest = again.manifest
+    assert manifest["extra"] == {"seed": 7} and set(manifest["files"]) == {"a.npy", "sub/note.txt"}
+    assert manifest["files"]["a.npy"] == {"sha256": digest_of_file(again.path / "a.npy"), "bytes": 8128}
+    assert {"created", "seconds", "device", "revision", "versions", "identity"} <= manifest.keys()
+    assert sorted(path.name for path in store.root.iterdir()) == ["locks", "train"]
+
+
+def test_not_computed_says_so(store):
+    with pytest.raises(UserError, match="run its step"):
+        store.artifact("train", 1, {}).manifest  # noqa: B018
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"config": CONFIG | {"num_steps": 35}}, "config.num_steps 18 -> 35"),
+    ({"version": 2}, "version 1 -> 2"),
+    ({"inputs": {"images": "b" * 64}}, "inputs.images aaaaaaaa -> bbbbbbbb"),
+    ({"config": CONFIG | {"boosting": True}}, "config.boosting (absent) -> true"),
+    ({"config": CONFIG | {"num_steps": 1, "weight": 1, "window": [], "x": 0}},
+     "config.num_steps 18 -> 1, config.weight 2 -> 1, config.window [0.01, 1] -> [] and 1 more")])
+def test_miss_names_what_changed_against_the_closest(store, change, words):
+    base = dict(version=1, config=CONFIG, inputs={"images": "a" * 64})
+    for version in range(5, 9):
+        store.artifact("generate", version, {"nothing": "alike"}).compute(numbers)
+    store.artifact("generate", **base).compute(numbers)
+    store.artifact("train", **(base | change)).compute(numbers)  # another step is never the closest
+    assert store.artifact("generate", **(base | change)).status() == (False, words)
+
+
+def test_miss_names_a_member_of_a_list(store):
+    members = [{"learning_rate": 3e-4, "epochs": 60}, {"learning_rate": 1e-3, "epochs": 40}]
+    store.artifact("train", 1, {"members": members}).compute(numbers)
+    changed = store.artifact("train", 1, {"members": [members[0], members[1] | {"epochs": 41}]})
+    assert changed.status().reason == "config.members.1.epochs 40 -> 41"
+
+
+@pytest.mark.parametrize("name", ["a.npy", "sub/note.txt", "manifest.json"])
+@pytest.mark.parametrize("damage", [flip_bit, truncate, empty, foreign, remove])
+def test_damaged_file_is_quarantined_and_computed_again(store, lines, damage, name):
+    artifact = store.artifact("train", 1, CONFIG).compute(numbers)
+    digest = digest_of_file(artifact.path / "a.npy")
+    damage(artifact.path / name)
+    damaged = (artifact.path / name).read_bytes() if damage is not remove else None
+    assert not artifact.status().hit
+    store.artifact("train", 1, CONFIG).compute(numbers)
+    kept = store.root / "quarantine" / f"{artifact.name}.0" / name
+    assert (kept.read_bytes() if kept.exists() else None) == damaged
+    assert digest_of_file(artifact.path / "a.npy") == digest and artifact.status().hit
+    assert sum(line.startswith("QUARANTINED") and Path(name).name in line for line in lines) == 1
+
+
+def test_second_quarantine_keeps_the_first(store):
+    artifact = store.artifact("train", 1, CONFIG)
+    for _ in range(3):
+        truncate(artifact.compute(numbers).path / "a.npy")
+    artifact.compute(numbers)
+    assert len(list((store.root / "quarantine").iterdir())) == 3
+
+
+def test_artifact_of_another_identity_is_not_used(store):
+    one = store.artifact("train", 1, CONFIG).compute(numbers)
+    two = store.artifact("train", 2, CONFIG)
+    os.rename(one.path, two.path)
+    assert "another artifact's" in two.status().reason
+
+
+def test_failing_step_leaves_nothing(store):
+    def fail(folder):
+        numbers(folder)
+        raise KeyError("broken step")
+
+    with pytest.raises(KeyError, match="broken step"):
+        store.artifact("train", 1, CONFIG).compute(fail)
+    assert list((store.root / "train").iterdir()) == []
+
+
+# --- sharded sets
+
+
+def test_rows_are_keyed_by_seed_and_a_larger_set_extends_a_smaller_one(store, lines):
+    seeds = []
+
+    def compute(shard):
+        seeds.extend(shard)
+        return rows_of(shard)
+
+    def fakes():
+        return store.artifact("generate", 1, CONFIG).shards(10, first_seed=100)
+
+    fakes().ensure(15, compute, progress=False)
+    first = fakes().load(15, "images")
+    fakes().ensure(15, forbidden).ensure(3, forbidden)
+    assert fakes().status(35) == (False, "2 of 4 shards stored")
+    fakes().ensure(35, compute, progress=False)
+    assert seeds == list(range(100, 140))
+    assert np.array_equal(fakes().load(35, "images"), rows_of(range(100, 135))["images"])
+    assert np.array_equal(fakes().load(15, "images"), first) and len(first) == 15
+    digest = fakes().artifact.digest[:16]
+    assert lines == [f"MISS generate {digest}: 15 rows, nothing stored yet",
+                     f"HIT generate {digest}: 15 rows, 2 of 2 shards stored",
+                     f"HIT generate {digest}: 3 rows, 1 of 1 shards stored",
+                     f"MISS generate {digest}: 35 rows, 2 of 4 shards stored"]
+    assert store.artifact("generate", 2, CONFIG).shards(10, 100).status(5).reason == "version 1 -> 2"
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, empty, foreign, remove])
+def test_damaged_shard_is_quarantined_and_only_it_computed_again(store, lines, damage):
+    fakes = store.artifact("generate", 1, CONFIG).shards(10)
+    fakes.ensure(30, rows_of, progress=False)
+    before = fakes.load(30, "images")
+    damage(fakes.artifact.path / "shard_00001" / "images.npy")
+    computed = []
+
+    def compute(seeds):
+        computed.append(seeds)
+        return rows_of(seeds)
+
+    again = store.artifact("generate", 1, CONFIG).shards(10)
+    with pytest.raises(UserError, match="shard_00001 is missing or damaged"):
+        again.load(30, "images")
+    assert np.array_equal(again.ensure(30, compute, progress=False).load(30, "images"), before)
+    assert computed == [range(10, 20)]
+    assert any(line.startswith("QUARANTINED") and "images.npy" in line for line in lines)
+    assert (store.root / "quarantine" / f"{fakes.artifact.name}-shard_00001.0" / "seed.npy").exists()
+
+
+def test_shard_in_another_shards_place_is_not_used(store):
+    fakes = store.artifact("generate", 1, CONFIG).shards(10)
+    fakes.ensure(20, rows_of, progress=False)
+    before = fakes.load(20, "seed")
+    zero, one, aside = (fakes.artifact.path / name for name in ("shard_00000", "shard_00001", "aside"))
+    for old, new in ((zero, aside), (one, zero), (aside, one)):
+        os.rename(old, new)
+    again = store.artifact("generate", 1, CONFIG).shards(10)
+    assert not again.status(20).hit
+    assert np.array_equal(again.ensure(20, rows_of, progress=False).load(20, "seed"), before)
+
+
+@pytest.mark.parametrize("compute, error", [
+    (lambda seeds: {"images": np.zeros((3, 2))}, "3 rows of images for 10 seeds"),
+    (lambda seeds: {"images": np.array([{}] * 10)}, "Object arrays")])
+def test_wrong_rows_are_refused(store, compute, error):
+    with pytest.raises(ValueError, match=error):
+        store.artifact("generate", 1, CONFIG).shards(10).ensure(5, compute, progress=False)
+
+
+def test_wrong_counts_and_names_are_refused(store):
+    fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(5, rows_of, progress=False)
+    with pytest.raises(UserError, match="no array named 'labels'"):
+        fakes.load(5, "labels")
+    with pytest.raises(UserError, match="at least 1"):
+        fakes.load(0, "images")
+    with pytest.raises(UserError, match="shard size 0"):
+        store.artifact("generate", 1, CONFIG).shards(0)
+
+
+# --- kills, other processes, disks
+
+SAMPLER = """
+import os, signal, sys, time
+import numpy as np
+from dgutils.store import Store
+root, kill_at, calls, others = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+real_rename = os.rename
+count = 0
+def rename(old, new):            # each shard: kill before it is renamed into place, or right after
+    global count
+    count += 1
+    if count == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_rename(old, new)
+    if count == -kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = rename
+def compute(seeds):
+    with open(calls, "a") as file:
+        file.write(f"{seeds[0]}\\n")
+    while seeds[0] == 0 and others and len(open(calls).readlines()) < 4:
+        time.sleep(0.01)         # until the other process has taken the other shards
+    if kill_at == 100 and seeds[0] == 10:
+        os._exit(9)              # in the middle of computing
+    return {"images": np.array([np.random.default_rng(seed).bytes(64) for seed in seeds])}
+Store(root).artifact("generate", 1, {}).shards(10).ensure(40, compute, progress=False).load(40, "images")
+"""
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, -2, 100])
+def test_resumes_after_a_kill_with_the_same_bytes(tmp_path, kill_at):
+    killed = run_python(SAMPLER, tmp_path / "a", kill_at, tmp_path / "calls", 0)
+    assert killed.wait() == (9 if kill_at == 100 else -signal.SIGKILL)
+    calls = []
+
+    def compute(seeds):
+        calls.append(seeds[0])
+        return {"images": np.array([np.random.default_rng(seed).bytes(64) for seed in seeds])}
+
+    sets = [Store(tmp_path / root).artifact("generate", 1, {}).shards(10) for root in ("a", "b")]
+    sets[0].ensure(40, compute, progress=False)
+    assert calls == list(range({1: 0, 3: 20, -2: 20, 100: 10}[kill_at], 40, 10))
+    sets[1].ensure(40, compute, progress=False)
+    arrays = [sorted(shards.artifact.path.rglob("*.npy")) for shards in sets]
+    assert [path.read_bytes() for path in arrays[0]] == [path.read_bytes() for path in arrays[1]]
+    assert len(arrays[0]) == 4 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_processes_share_the_shards_of_one_set(tmp_path):
+    processes = [run_python(SAMPLER, tmp_path / "runs", 0, tmp_path / "calls", 1) for _ in range(2)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sorted((tmp_path / "calls").read_text().split(), key=int) == ["0", "10", "20", "30"]
+
+
+def test_two_processes_compute_a_simple_artifact_once_and_a_killed_one_leaves_no_lock(tmp_path):
+    code = """
+import sys, time
+from dgutils.store import Store
+def make(folder):
+    print("computing", flush=True)
+    time.sleep(float(sys.argv[2]))
+    (folder / "x").write_text("x")
+Store(sys.argv[1]).artifact("train", 1, {}).compute(make)
+"""
+    killed = run_python(code, tmp_path, 60)
+    assert killed.stdout.readline() == "computing\n"
+    processes = [run_python(code, tmp_path, 0.2) for _ in range(2)]
+    for process in processes:
+        while "WAIT train" not in process.stderr.readline():
+            assert process.poll() is None
+    killed.kill()
+    outputs = [process.communicate() for process in processes]
+    assert sorted(out for out, _ in outputs) == ["", "computing\n"]
+    killed.communicate()
+
+
+def test_unwritable_root_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")  # permissions would not stop root; a file does
+    root = tmp_path / "file" / "runs"
+    for use in (lambda a: a.compute(numbers), lambda a: a.shards(10).ensure(5, rows_of, progress=False)):
+        with pytest.raises(UserError, match=f"cannot read and write under {root} .*not a directory") as error:
+            use(Store(root, log=lambda line: None).artifact("train", 1, {}))
+        assert "\n" not in str(error.value)
+
+
+def test_read_only_store_still_gives_hits():
+    code = """
+import os
+from dgutils.store import Store
+if os.geteuid() == 0:
+    os.setuid(65534)  # nobody: permissions do not stop root
+try:
+    for version in (1, 2):
+        Store(os.environ["ROOT"]).artifact("train", version, {}).compute(lambda folder: None)
+except ValueError as error:
+    print(error)
+"""
+    with tempfile.TemporaryDirectory() as root:  # not below pytest's folder, which is closed to others
+        Store(root, log=lambda line: None).artifact("train", 1, {}).compute(numbers)
+        folders = [Path(root), *(Path(root) / name for name in ("train", "locks"))]
+        for folder in folders:
+            folder.chmod(0o555)
+        output, log = run_python(code, env=os.environ | {"ROOT": root}).communicate()
+        for folder in folders:
+            folder.chmod(0o755)
+    assert "HIT train" in log and "version 1 -> 2" in log
+    assert output.startswith(f"cannot read and write under {root} (permission denied)")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "as the kernel says it"), OSError("1000 requested and 8 written"),  # NumPy's
+    RuntimeError("I/O error: No space left on device (os error 28)")])  # that of safetensors
+def test_full_disk_is_one_clear_line_and_what_was_done_stays(store, monkeypatch, error):
+    def full(path):
+        raise error
+
+    fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(10, rows_of, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("dgutils.store.sync", full)
+        with pytest.raises(UserError, match="no space left under"):
+            fakes.ensure(20, rows_of, progress=False)
+    assert [path.name for path in fakes.artifact.path.iterdir()] == ["shard_00000"]
+    assert len(fakes.load(10, "images")) == 10
+
+
+def test_errors_of_the_step_itself_pass(store):
+    with pytest.raises(FileNotFoundError):
+        store.artifact("train", 1, {}).compute(lambda folder: Path("/no/such/file").read_text())
+
+
+def test_write_file_replaces_whole(tmp_path):
+    path = tmp_path / "x.json"
+    for text in ("old", "new"):
+        write_file(path, json.dumps(text).encode())
+    assert path.read_text() == '"new"' and os.listdir(tmp_path) == ["x.json"]
