@@ -13,7 +13,7 @@ def _train(args):
 
     out = Path(args.out) if args.out else repo_root() / "runs" / "networks"
     path = export(args.name, out) if args.export else train_network(args.name, out, args.threads)
-    print(f"wrote {path} and its model card {path.with_suffix('.json').name}; to ship them, move both to dgutils/assets")
+    print(f"wrote {path} and its card {path.with_suffix('.json').name}; to ship them, move both to dgutils/assets")
 
 
 def main(argv=None) -> int:

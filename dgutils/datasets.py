@@ -134,7 +134,7 @@ def to_network(images: np.ndarray):
     """uint8 [N, H, W, C] to float32 [N, C, H, W] in [-1, 1]."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C")).float() / 127.5 - 1
 
 
 def to_uint8(x) -> np.ndarray:

@@ -16,8 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from . import checkpoints, datasets, metrics
-from .discriminator import MemberConfig, autocast, Ensemble, evaluate_logits, train_discriminators
 from .adm import EncoderUNet
+from .discriminator import Ensemble, MemberConfig, evaluate_logits, train_discriminators
 from .errors import UserError
 from .guidance import GuidedDenoiser
 from .noise import PerSampleNoise, karras_sigmas
@@ -296,7 +296,8 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
 def held_out_logits(store: Store, trained: Trained, vp_times) -> tuple[np.ndarray, np.ndarray]:
     """Logits [M, levels, N] of all members on the test split at each VP time, and its labels [N]."""
     config = {"vp_times": [float(t) for t in vp_times], "state": "last"}
-    artifact = store.artifact("logits", VERSIONS["logits"], config, {"discriminators": trained.digest}, "held-out logits")
+    inputs = {"discriminators": trained.digest}
+    artifact = store.artifact("logits", VERSIONS["logits"], config, inputs, "held-out logits")
 
     def make(folder):
         ensemble = trained.ensemble().to(device())
@@ -319,6 +320,8 @@ class RealSet:
     split: str
     n: int
     start: int = 0
+
+    seeds = range(0)  # real images have none
 
     @property
     def label(self) -> str:
@@ -379,47 +382,153 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of an arm against real images, and its differences to a baseline arm of the same seeds.
+    """Scores of one arm against real images in one feature space.
 
-    Intervals are {"value", "low", "high", "level"}; differences are arm minus baseline.
+    fd, kid: metrics.Resampled, with `.interval()` and `.minus(other)`; manifold: precision, recall, density,
+    coverage. `digest` names the artifact.
     """
 
+    arm: ImageSet | RealSet
     space: str
-    n: int
     digest: str
-    fd: dict
-    kid: dict
-    manifold: dict
-    fd_difference: dict | None = None
-    kid_difference: dict | None = None
+    fd: metrics.Resampled
+    kid: metrics.Resampled
+    manifold: dict[str, float]
+
+    def minus(self, baseline: "Scores", score: str = "fd") -> metrics.Interval:
+        """Paired difference to a baseline in "fd" or "kid". Raises UserError unless made from the same seeds."""
+        if self.arm.seeds != baseline.arm.seeds or self.space != baseline.space:
+            raise UserError(f"{self.arm.label} and {baseline.arm.label} have other seeds or spaces: "
+                            "a paired comparison needs equal first_seed, n and space")  # fmt: skip
+        return getattr(self, score).minus(getattr(baseline, score))
 
 
-def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: str, baseline: ImageSet | None = None,
-             num_resamples: int = 200, seed: int = 0) -> Scores:  # fmt: skip
-    """Fréchet distance, unbiased KID, precision/recall, density/coverage of an arm, with bootstrap intervals.
-
-    With a baseline (same seeds, same n) also the paired differences. Raises UserError if the seeds differ.
-    """
-    if baseline is not None and arm.seeds != baseline.seeds:
-        raise UserError(f"{arm.label} and {baseline.label} were not made from the same image seeds: "
-                        "a paired comparison needs equal first_seed and n")  # fmt: skip
+def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: str, num_resamples: int = 200,
+             seed: int = 0) -> Scores:  # fmt: skip
+    """Fréchet distance, unbiased KID (both with bootstrap draws), precision/recall, density/coverage of an arm."""
     inputs = {"arm": arm.digest, "reference": reference.digest}
-    if baseline is not None:
-        inputs["baseline"] = baseline.digest
     config = {"space": space, "num_resamples": num_resamples, "seed": seed}
     artifact = store.artifact("evaluate", VERSIONS["evaluate"], config, inputs, f"{arm.label}, {space}")
 
     def make(folder):
         x, real = features(store, arm, space), features(store, reference, space)
-        distances = {"fd": metrics.FrechetReference(real), "kid": metrics.KernelReference(real)}
-        scores = {name: metrics.bootstrap(d, x, num_resamples, seed) for name, d in distances.items()}
-        if baseline is not None:
-            y = features(store, baseline, space)
-            scores |= {f"{name}_difference": metrics.paired_bootstrap(d, x, y, num_resamples, seed)
-                       for name, d in distances.items()}  # fmt: skip
-        record = {name: dataclasses.asdict(interval) for name, interval in scores.items()}
-        record["manifold"] = metrics.precision_recall(real, x) | metrics.density_coverage(real, x)
-        (folder / "scores.json").write_text(json.dumps(record, indent=1))
+        record = {"manifold": metrics.precision_recall(real, x) | metrics.density_coverage(real, x)}
+        for name, distance in (("fd", metrics.FrechetReference(real)), ("kid", metrics.KernelReference(real))):
+            resampled = metrics.resample(distance, x, num_resamples, seed)
+            record[name] = {"value": resampled.value, "draws": resampled.draws.tolist()}
+        (folder / "scores.json").write_text(json.dumps(record))
 
     record = json.loads((artifact.compute(make).path / "scores.json").read_text())
-    return Scores(space, arm.n, artifact.digest, **record)
+    fd, kid = (metrics.Resampled(record[k]["value"], np.array(record[k]["draws"])) for k in ("fd", "kid"))
+    return Scores(arm, space, artifact.digest, fd, kid, record["manifold"])
+
+
+# ---- the study ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the six notebooks share: one profile's data, networks, tables 1 and 2, and sizes.
+
+    Its fields are the parameters of the notebooks' first cell, one for one. Everything else follows from
+    them: a notebook asks for `fakes`, `trained`, an `arm` or its `scores`, and what exists is found.
+    """
+
+    profile: str
+    dataset: str
+    score_network: str
+    feature_extractor: str
+    feature_spaces: list
+    precision: str
+    num_steps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    dg_weight_1st_order: float
+    dg_weight_2nd_order: float
+    time_min: float
+    time_max: float
+    boosting: str
+    batch_size: int
+    shard_size: int
+    num_fake: int
+    num_eval: int
+    eval_seed: int
+    num_reference: int
+    num_resamples: int
+    member_names: list
+    learning_rates: list
+    weight_decays: list
+    epochs: list
+    min_times: list
+    epoch_scale: float
+    discriminator_batch_size: int
+    training_seed: int
+    head_width: int
+    head_blocks: int
+    head_channels: int
+
+    @classmethod
+    def from_parameters(cls, namespace: dict) -> "Study":
+        """The study that a notebook's parameters describe: `Study.from_parameters(globals())`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names if name not in namespace]:
+            raise UserError(f"parameters missing from the notebook's first cell: {', '.join(missing)}")
+        return cls(**{name: namespace[name] for name in names})
+
+    @cached_property
+    def store(self) -> Store:
+        return open_store(self.profile)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Table 2's schedule, unguided."""
+        return Sampling(self.score_network, self.num_steps, self.sigma_min, self.sigma_max, self.rho,
+                        self.batch_size, self.shard_size, self.precision)  # fmt: skip
+
+    @cached_property
+    def fakes(self) -> ImageSet:
+        """The generated images that discriminators learn from: seeds 0 ... num_fake - 1, unguided."""
+        return generate(self.store, self.sampling, self.num_fake, label="fake set")
+
+    def training(self, **changes) -> Training:
+        """Table 1 with this profile's epoch_scale; `changes` replaces Study fields (epoch_scale=..., ...)."""
+        s = replace(self, **changes)
+        members = scaled_members(s.member_names, s.learning_rates, s.weight_decays, s.epochs, s.min_times,
+                                 s.epoch_scale)  # fmt: skip
+        head = head_config(s.feature_extractor, s.head_width, s.head_blocks, s.head_channels)
+        return Training(s.dataset, s.feature_extractor, head, members, s.num_fake, s.discriminator_batch_size,
+                        s.training_seed, precision=s.precision)  # fmt: skip
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The six discriminators of table 1, trained on `fakes` against as many real images."""
+        return train(self.store, self.training(), self.fakes, "six discriminators")
+
+    def guidance(self, members=(0,), rule: str = "mean_logit", **changes) -> Guidance:
+        """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
+        settings = dict(
+            discriminators=self.trained, members=tuple(members), rule=rule,
+            weight_1st_order=self.dg_weight_1st_order, weight_2nd_order=self.dg_weight_2nd_order,
+            time_min=self.time_min, time_max=self.time_max, boosting=self.boosting,
+        )  # fmt: skip
+        return Guidance(**(settings | changes))
+
+    def arm(self, label: str, guidance: Guidance | None = None, n: int | None = None, **sampling) -> ImageSet:
+        """The evaluation images of one arm: the same seeds in every arm. `sampling` replaces Sampling fields."""
+        config = replace(self.sampling, **sampling)
+        return generate(self.store, config, n or self.num_eval, self.eval_seed, guidance, label)
+
+    @property
+    def reference(self) -> RealSet:
+        """The real images that arms are scored against: test images, which no network was trained on."""
+        return RealSet(self.dataset, "test", self.num_reference)
+
+    @property
+    def floor(self) -> RealSet:
+        """As many other real images as an arm has: what a perfect sampler would score at this n."""
+        return RealSet(self.dataset, "test", self.num_eval, start=self.num_reference)
+
+    def scores(self, arm: ImageSet | RealSet, space: str | None = None) -> Scores:
+        """Scores of an arm in a feature space (default: the first of `feature_spaces`)."""
+        return evaluate(self.store, arm, self.reference, space or self.feature_spaces[0], self.num_resamples)

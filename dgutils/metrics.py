@@ -149,27 +149,62 @@ def frechet_distance(stats_a, stats_b) -> float:
 
 # ---- kernel distance -------------------------------------------------------------------
 
-def _kernel_sum(x: np.ndarray, y: np.ndarray, block: int) -> float:
-    return sum(float(((rows @ y.T / x.shape[1] + 1) ** 3).sum()) for _, rows in _blocks(x, block))
-
-
-# Bińkowski et al. 2018, eq. 4, with k(x,y) = (x.y/d + 1)^3
-def kid(x, y, block: int = 1024) -> float:
-    """Unbiased squared MMD of two feature sets [N,d], [M,d], from all pairs (no subsets); may be negative."""
-    x = _checked(x, at_least=2)
-    y = _checked(y, at_least=2, like=x)
-    within = 0.0
-    for z in (x, y):  # a pair of an image with itself would bias the mean, so the diagonal goes
-        diagonal = float(((np.einsum("nd,nd->n", z, z) / z.shape[1] + 1) ** 3).sum())
-        within += (_kernel_sum(z, z, block) - diagonal) / (len(z) * (len(z) - 1))
-    return within - 2 * _kernel_sum(x, y, block) / (len(x) * len(y))
-
-
-# ---- manifold scores -------------------------------------------------------------------
-
 def _blocks(x: np.ndarray, block: int) -> Iterator[tuple[int, np.ndarray]]:
     return ((start, x[start:start + block]) for start in range(0, len(x), block))
 
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3  # Binkowski et al. 2018, section 3: degree 3, no length scale
+
+
+def _row_means(x: np.ndarray, y: np.ndarray, block: int, leave_out_self: bool) -> np.ndarray:
+    """Mean kernel [N] of each row of x with all rows of y; with leave_out_self, y is x and a row skips itself."""
+    sums = np.concatenate([_kernel(rows, y).sum(axis=1) for _, rows in _blocks(x, block)])
+    if not leave_out_self:
+        return sums / len(y)
+    return (sums - (np.einsum("nd,nd->n", x, x) / x.shape[1] + 1) ** 3) / (len(x) - 1)
+
+
+class KernelReference:
+    """The reference side of many unbiased squared MMDs (KID; Binkowski et al. 2018, eq. 4). Callable: `distance`.
+
+    All pairs are used, no subsets, so the value is exact for the two sets; it may be negative.
+    """
+
+    def __init__(self, features, block: int = 1024):
+        self.features, self.block = _checked(features, at_least=2), block
+        self.within = float(_row_means(self.features, self.features, block, True).mean())
+
+    def distance(self, features) -> float:
+        """Unbiased squared MMD to the reference; memory is linear in the number of rows."""
+        x = _checked(features, at_least=2, like=self.features)
+        within = _row_means(x, x, self.block, True).mean()
+        return float(within + self.within - 2 * _row_means(x, self.features, self.block, False).mean())
+
+    __call__ = distance
+
+    def bootstrap_distances(self, features, indices) -> np.ndarray:
+        """The distance of every resample features[i], i a row of indices [R,n], from one kernel matrix [n,n].
+
+        A pair of copies of one image says nothing of the distribution: such pairs are left out, not counted.
+        """
+        x = _checked(features, at_least=2, like=self.features)
+        kernel, across = _kernel(x, x), _row_means(x, self.features, self.block, False)
+        np.fill_diagonal(kernel, 0)
+        out = np.empty(len(indices))
+        for row, index in enumerate(indices):
+            count = np.bincount(index, minlength=len(x)).astype(np.float64)  # [n]
+            pairs = count.sum() ** 2 - count @ count
+            out[row] = count @ kernel @ count / pairs + self.within - 2 * (count @ across) / count.sum()
+        return out
+
+
+def kid(x, y, block: int = 1024) -> float:
+    """Unbiased squared MMD of two feature sets [N,d], [M,d] (see KernelReference)."""
+    return KernelReference(y, block).distance(x)
+
+
+# ---- manifold scores -------------------------------------------------------------------
 
 def _squared_distances(rows: np.ndarray, y: np.ndarray) -> np.ndarray:
     # |a|^2 + |b|^2 - 2 a.b cancels for near neighbours; float64 leaves it 1e-16 of |a|^2 + |b|^2
@@ -230,39 +265,55 @@ class Interval:
     n_resamples: int
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """A statistic of one arm, and of its resamples; arms of equal n and seed were resampled alike."""
+
+    value: float
+    draws: np.ndarray  # [R]
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Interval for the statistic's expectation at this n."""
+        return _interval(self.value, self.draws, level)
+
+    def minus(self, other: "Resampled", level: float = 0.95) -> Interval:
+        """Interval of the difference between two arms whose row i is an image from the same seed.
+
+        Each resample takes the same rows in both arms, so that what the arms share cancels.
+        """
+        if len(self.draws) != len(other.draws):
+            raise UserError(f"a paired bootstrap needs equal resamples, got {len(self.draws)}, {len(other.draws)}")
+        return _interval(self.value - other.value, self.draws - other.draws, level)
+
+
+def resample(statistic: Callable, arm, n_resamples: int, seed: int) -> Resampled:
+    """statistic(arm) and its value on resamples of the arm's rows, which depend on (n, n_resamples, seed) only.
+
+    A FrechetReference or KernelReference as the statistic takes its fast path.
+    """
+    arm = np.asarray(arm)
+    if len(arm) < 2 or n_resamples < 1:
+        raise UserError(f"a bootstrap needs 2 images and 1 resample; got {len(arm)} and {n_resamples}")
+    indices = np.random.default_rng(seed).integers(0, len(arm), size=(n_resamples, len(arm)))  # [R,n]
+    if hasattr(statistic, "bootstrap_distances"):
+        draws = statistic.bootstrap_distances(arm, indices)
+    else:
+        draws = np.array([float(statistic(arm[index])) for index in indices])
+    return Resampled(float(statistic(arm)), draws)
+
+
 def paired_bootstrap(statistic: Callable, arm_a, arm_b, n_resamples: int, seed: int,
                      level: float = 0.95) -> Interval:
-    """Interval of statistic(a) - statistic(b), where row i of both arms is an image from the same seed.
-
-    Each resample takes the same rows in both arms, so that what the arms share cancels. A FrechetReference as
-    the statistic takes its fast path. The interval is for the expected difference *at this n* (`_interval`).
-    """
-    arm_a, arm_b = np.asarray(arm_a), np.asarray(arm_b)
+    """Interval of statistic(a) - statistic(b), arms paired row by row (see `Resampled.minus`)."""
     if len(arm_a) != len(arm_b):
         raise UserError(f"a paired bootstrap needs arms of equal length, got {len(arm_a)} and {len(arm_b)}")
-    indices = _resamples(len(arm_a), n_resamples, seed, level)
-    draws = _over_resamples(statistic, arm_a, indices) - _over_resamples(statistic, arm_b, indices)
-    return _interval(float(statistic(arm_a)) - float(statistic(arm_b)), draws, level)
+    a, b = (resample(statistic, arm, n_resamples, seed) for arm in (arm_a, arm_b))
+    return a.minus(b, level)
 
 
 def bootstrap(statistic: Callable, arm, n_resamples: int, seed: int, level: float = 0.95) -> Interval:
     """Interval of statistic(arm), for its expectation at this n; to compare arms, use `paired_bootstrap`."""
-    arm = np.asarray(arm)
-    draws = _over_resamples(statistic, arm, _resamples(len(arm), n_resamples, seed, level))
-    return _interval(float(statistic(arm)), draws, level)
-
-
-def _resamples(n: int, n_resamples: int, seed: int, level: float) -> np.ndarray:
-    if n < 2 or n_resamples < 1 or not 0 < level < 1:
-        raise UserError(f"a bootstrap needs 2 images, 1 resample and 0 < level < 1; "
-                        f"got {n}, {n_resamples} and {level}")
-    return np.random.default_rng(seed).integers(0, n, size=(n_resamples, n))  # [R,n]
-
-
-def _over_resamples(statistic: Callable, arm: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    if isinstance(statistic, FrechetReference):
-        return statistic.bootstrap_distances(arm, indices)
-    return np.array([float(statistic(arm[index])) for index in indices])
+    return resample(statistic, arm, n_resamples, seed).interval(level)
 
 
 # The basic interval (Davison & Hinkley 1997, eq. 5.6), with the resamples centred first. A resample has fewer
@@ -270,6 +321,8 @@ def _over_resamples(statistic: Callable, arm: np.ndarray, indices: np.ndarray) -
 # spread at this n. On Gaussian toys, n above and below d, the centred interval held the expected difference
 # in 96 to 100 % of 100 to 150 trials a setting; where n < d, percentile and basic ones fell as low as 0 %.
 def _interval(value: float, draws: np.ndarray, level: float) -> Interval:
+    if not 0 < level < 1:
+        raise UserError(f"level {level}: a confidence level lies between 0 and 1")
     low, high = np.quantile(draws - draws.mean(), [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(value - high), float(value - low), level, len(draws))
 
@@ -322,7 +375,7 @@ def extract(images_u8, encode: Callable, batch_size: int = 64, progress: Callabl
     features = []
     with torch.inference_mode():
         for start, batch in _blocks(images, batch_size):
-            x = torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2)
+            x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2)
             features.append(encode(x.float() / 127.5 - 1).float().cpu().numpy())
             if progress:
                 progress(start + len(batch), len(images))

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import logging
 import os
 import sys
 import time
@@ -23,6 +24,8 @@ from .paths import repo_root, runs_dir
 from .store import disk_errors
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
+
+logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters typed `a | b`, checked below
 
 
 class ThisPython(AsyncKernelManager):
