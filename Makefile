@@ -2,7 +2,6 @@
 PROFILE ?=
 ONLY    ?=
 SET     ?=
-NPROC   ?=
 ARGS    ?=
 
 PY := .venv/bin/python
@@ -18,10 +17,10 @@ help:  ## this list
 	@PYTHON='$(PYTHON)' sh dgutils/setup.sh venv
 	@touch $@
 
-reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, cifar10, paper; ONLY=03; SET="name=value ..."; NPROC=8
+reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, cifar10, paper; ONLY=03; SET="name=value ..."
 	@sh dgutils/setup.sh data
 	@$(PY) -m dgutils reproduce --profile $(or $(PROFILE),quick) \
-		$(if $(ONLY),--only $(ONLY)) $(foreach pair,$(SET),--set '$(pair)') $(if $(NPROC),--nproc $(NPROC))
+		$(if $(ONLY),--only $(ONLY)) $(foreach pair,$(SET),--set '$(pair)')
 
 test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data

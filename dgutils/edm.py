@@ -121,8 +121,8 @@ class PositionalEmbedding(nn.Module):
 
     def forward(self, label):
         half = self.channels // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=label.device) / (half - 1)
-        angle = label[:, None].float() * 1e-4**exponent
+        exponent = torch.arange(half, dtype=label.dtype, device=label.device) / (half - 1)
+        angle = label[:, None] * 1e-4**exponent
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 

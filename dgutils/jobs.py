@@ -2,7 +2,7 @@
 
 A step takes a store and a frozen config, asks the store for the artifact of that identity, and computes it
 only if it is not there. The integers in VERSIONS are the steps' numerical versions: raise one when its numbers
-change, and only then (tests/test_golden.py fails when numbers change and the version does not).
+change, and only then (tests/test_jobs.py fails when numbers change and the version does not).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import checkpoints, datasets, metrics
 from .adm import EncoderUNet
@@ -269,7 +269,7 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
             resume = tensors, json.loads(metadata["info"])
         learn, validate, _ = splits(training, fakes)
         extractor = checkpoints.load_feature_extractor(training.feature_extractor).to(device())
-        done = sum(len(h) for h in resume[1]["history"]) if resume else 0
+        done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
         with tqdm(total=sum(m.epochs for m in training.members), initial=done, desc=label, unit=" epochs") as bar:
 
             def progress(name, row):

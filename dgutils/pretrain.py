@@ -15,10 +15,10 @@ import torch
 import yaml
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import adm, datasets, edm, noise
-from .checkpoints import ASSETS, read_tensors, sha256_of, write_tensors
+from .checkpoints import ASSETS, model_card, read_tensors, sha256_of, write_tensors
 from .errors import UserError
 
 ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
@@ -78,10 +78,12 @@ def _batch(images, labels, step, recipe):
     return x, torch.from_numpy(labels[index])
 
 
-def _learning_rate(step, total, recipe):
-    """Linear warm-up, then half a cosine to zero."""
-    warm_up = min(1.0, (step + 1) / recipe["warmup_steps"])
-    return recipe["learning_rate"] * warm_up * 0.5 * (1 + math.cos(math.pi * step / total))
+def _learning_rate(step, total, recipe, first_step=0):
+    """Linear warm-up from `first_step`, a plateau, and half a cosine to zero over the last `decay_images`."""
+    warm_up = min(1.0, (step - first_step + 1) / recipe["warmup_steps"])
+    decay_steps = recipe["decay_images"] // recipe["batch_size"]
+    decayed = max(0.0, (step - (total - decay_steps)) / decay_steps)
+    return recipe["learning_rate"] * warm_up * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
 def _ema_decay(step, recipe):
@@ -115,8 +117,10 @@ def _restore(path, model, ema, optimizer):
 
 
 def train_network(name: str, out_dir: Path, threads: int | None = None, save_minutes: float = 5.0) -> Path:
-    """Train the network of recipe `name`, resuming from `out_dir`; returns the path of the final weights.
+    """Train the network of recipe `name`; returns the path of the final weights.
 
+    Goes on from the checkpoint in `out_dir`, to the same bits. Without one it goes on from shipped weights that
+    are not finished (with a fresh optimiser and warm-up, which the model card says), else from the beginning.
     Raises UserError when the loss is not finite, naming the step.
     """
     recipe = load_recipe(name)
@@ -129,18 +133,25 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     total = training["images"] // training["batch_size"]
     out_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = out_dir / f"{name}.checkpoint.safetensors"
-    progress = {"step": 0, "seconds": 0.0, "recipe": recipe, "log": []}
+    progress = {"step": 0, "first_step": 0, "seconds": 0.0, "recipe": recipe, "log": []}
+    shipped = ASSETS / f"{name}.safetensors"
     if checkpoint.is_file():
         progress = _restore(checkpoint, model, ema, optimizer)
         if progress["recipe"] != recipe:
             raise UserError(f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
+    elif shipped.is_file() and not (card := model_card(name))["finished"]:
+        weights = {key: value.float() for key, value in read_tensors(shipped)[0].items()}
+        model.load_state_dict(weights)
+        ema.load_state_dict(weights)
+        step = card["images_seen"] // training["batch_size"]
+        progress |= {"step": step, "first_step": step, "seconds": card["train_seconds"], "log": card["loss_curve"]}
     loss_function, recent = LOSSES[recipe["architecture"]], []
     started = saved = time.monotonic()
     before = progress["seconds"]
     bar = tqdm(range(progress["step"], total), initial=progress["step"], total=total, desc=name, mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, total, training)
+            group["lr"] = _learning_rate(step, total, training, progress["first_step"])
         x, y = _batch(images, labels, step, training)
         with torch.autocast("cpu", torch.bfloat16, enabled=training["precision"] == "bfloat16"):
             loss = loss_function(model, x, y, noise.keyed_rng(training["seed"], 3, step))
@@ -183,8 +194,8 @@ def export(name: str, out_dir: Path) -> Path:
         "licence": recipe["licence"],
         "parameters": sum(v.numel() for v in weights.values()),
         "images_seen": progress["step"] * recipe["training"]["batch_size"],
-        "finished": progress["step"] * recipe["training"]["batch_size"] + recipe["training"]["batch_size"]
-        > recipe["training"]["images"],
+        "finished": progress["step"] == recipe["training"]["images"] // recipe["training"]["batch_size"],
+        "optimizer_restarted_at_images": progress["first_step"] * recipe["training"]["batch_size"],
         "train_seconds": round(progress["seconds"]),
         "torch": torch.__version__,
         "sha256": sha256_of(path),

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from dgutils.errors import UserError
+from dgutils.paths import repo_root, results_dir
 from dgutils.store import disk_errors, now, provenance, write_file
 
-REPORT = Path(__file__).resolve().parent.parent / "report"
+PUBLISHED = Path(__file__).resolve().parent.parent / "report" / "published.csv"
+SUMMARY = ("arms", "arms_second", "rules")  # tables of notebooks 04 and 06
 KEY = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 
 LATEX_COMMANDS = r"""% Written by dgutils.results.write_latex from the results of one profile; edits are lost.
@@ -36,6 +38,11 @@ LATEX_COMMANDS = r"""% Written by dgutils.results.write_latex from the results o
 """
 
 
+def results_folder(profile: str, root: Path | str | None) -> Path:
+    """<root>/<profile>; without a root, report/results/<profile> of the clone."""
+    return results_dir(profile) if root is None else Path(root).absolute() / profile
+
+
 # --- recording
 
 class Recorder:
@@ -44,9 +51,9 @@ class Recorder:
     notebook: its name, as in '04_evaluation'; the file is <root>/<profile>/04.json.
     """
 
-    def __init__(self, profile: str, notebook: str, root: Path | str = REPORT / "results"):
+    def __init__(self, profile: str, notebook: str, root: Path | str | None = None):
         self.profile, self.notebook = profile, notebook
-        self.path = Path(root).absolute() / profile / f"{notebook.split('_')[0]}.json"
+        self.path = results_folder(profile, root) / f"{notebook.split('_')[0]}.json"
         self.records: dict[str, dict] = {}
         self.tables: dict[str, dict] = {}
 
@@ -82,6 +89,11 @@ class Recorder:
         if any(len(row) != len(columns) for row in rows):
             raise UserError(f"table {name}: every row needs {len(columns)} cells, like the columns")
         self.tables[name] = {"columns": columns, "rows": rows, "caption": caption}
+
+    @property
+    def results(self) -> "Results":
+        """What is recorded so far, and the published numbers, to be printed in the notebook itself."""
+        return Results(self.profile, published() | self.records, self.tables)
 
     def write(self) -> Path:
         """Write the file. If it holds these results already it stays: dates change only with results."""
@@ -133,6 +145,10 @@ class Results:
             raise UserError(f"no result {key!r} in profile {self.profile}: record it, or mend the key")
         return self.records[key]
 
+    def text(self, key: str) -> str:
+        """A record in print: '13.8 [13.1, 14.6]', or its word."""
+        return format_value(self[key])
+
     def cells(self, name: str, latex: bool = False) -> list[list[str]]:
         """A table's rows, its heads first, as text."""
         if name not in self.tables:
@@ -158,9 +174,10 @@ class Results:
                           r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def load_results(profile: str, root: Path | str = REPORT / "results") -> Results:
+def load_results(profile: str, root: Path | str | None = None) -> Results:
     """Every record of a profile. Raises UserError if there are none, or if a file is another profile's."""
-    paths = sorted((Path(root) / profile).glob("*.json"))
+    root = results_folder(profile, root)
+    paths = sorted(root.glob("*.json"))
     if not paths:
         raise UserError(f"no results of profile {profile} in {root}: run 'make reproduce PROFILE={profile}'")
     records, tables = published(), {}
@@ -186,7 +203,7 @@ def read_results(path: Path) -> dict:
         raise UserError(f"{path} is not a results file: remove it and run its notebook again") from error
 
 
-def published(path: Path | str = REPORT / "published.csv") -> dict[str, dict]:
+def published(path: Path | str = PUBLISHED) -> dict[str, dict]:
     """The published numbers, as records: printed with the decimals they were published with."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -240,13 +257,13 @@ def latex_escape(text: str) -> str:
     return re.sub(r"[\\~^{}$&#_%]", lambda match: special.get(match[0], "\\" + match[0]), text)
 
 
-def write_latex(profile: str, root: Path | str = REPORT / "results",
-                out_dir: Path | str = REPORT / "generated") -> Path:
+def write_latex(profile: str, root: Path | str | None = None,
+                out_dir: Path | str | None = None) -> Path:
     """Write numbers.tex and table_<name>.tex for the report; tables of an earlier profile are removed.
 
     Returns the path of numbers.tex. A key that the text uses and nobody recorded stops the LaTeX build.
     """
-    results, out_dir = load_results(profile, root), Path(out_dir).absolute()
+    results, out_dir = load_results(profile, root), Path(out_dir or repo_root() / "report" / "generated").absolute()
     lines = [LATEX_COMMANDS.replace("@PROFILE@", latex_escape(profile))]
     for key, record in sorted(results.records.items()):
         fields = {"text": format_value(record, latex=True), "value": format_number(record, latex=True),
@@ -262,8 +279,9 @@ def write_latex(profile: str, root: Path | str = REPORT / "results",
     return out_dir / "numbers.tex"
 
 
-def print_summary(profile: str, root: Path | str = REPORT / "results") -> None:
-    """Print the table 'arms' of a profile: what `make reproduce` ends with."""
+def print_summary(profile: str, root: Path | str | None = None) -> None:
+    """Print what `make reproduce` ends with: those of the tables SUMMARY that the profile's notebooks made."""
     results = load_results(profile, root)
-    print(f"\nResults, profile {profile}: {results.tables.get('arms', {}).get('caption', '')}\n")
-    print(results.markdown("arms"))
+    for name in [name for name in SUMMARY if name in results.tables] or SUMMARY[:1]:
+        print(f"\nResults, profile {profile}: {results.tables.get(name, {}).get('caption', '')}\n")
+        print(results.markdown(name))

@@ -1,0 +1,166 @@
+"""From scores to recorded statements, and the members' gradients by noise level (notebooks 04 to 06).
+
+Words follow intervals by one rule, so that a sentence cannot say more than its number: "lower than" if the
+whole interval lies below zero, "higher than" if above, else "not distinguishable from".
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from .discriminator import EVALUATION, Ensemble, perturb
+from .guidance import grad_log_density_ratio
+from .jobs import Scores, Trained, device
+from .metrics import Interval, Resampled
+from .noise import keyed_rng, sigma_to_vp_time, vp_scale
+from .results import Recorder
+from .store import Store
+
+SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
+GRADIENTS_VERSION = 1  # raise it when the numbers of `member_gradients` change
+
+
+# ---- statements --------------------------------------------------------------------------
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    """The interval in another unit."""
+    return replace(interval, value=factor * interval.value, low=factor * interval.low, high=factor * interval.high)
+
+
+def direction(interval: Interval) -> str:
+    """What the interval of a difference allows to say."""
+    if interval.high < 0:
+        return "lower than"
+    return "higher than" if interval.low > 0 else "not distinguishable from"
+
+
+def verdict(published_change: float, interval: Interval) -> str:
+    """Our interval of a change against the published one: its sign is all that scales can share."""
+    if direction(interval) == "not distinguishable from":
+        return "not distinguishable"
+    return "same sign" if (interval.value < 0) == (published_change < 0) else "opposite"
+
+
+def mean_scores(members: list[Scores], label: str) -> Scores:
+    """The mean of several arms' scores, as the scores of one: what a member reaches on average."""
+    def mean(score):
+        return Resampled(float(np.mean([getattr(m, score).value for m in members])),
+                         np.mean([getattr(m, score).draws for m in members], axis=0))  # fmt: skip
+
+    manifold = {k: float(np.mean([m.manifold[k] for m in members])) for k in members[0].manifold}
+    return Scores(replace(members[0].arm, label=label), members[0].space, "+".join(m.digest for m in members),
+                  mean("fd"), mean("kid"), manifold)  # fmt: skip
+
+
+def change(arm: Scores, baseline: Scores, score: str) -> Interval:
+    """Paired difference arm - baseline in "fd" or "kid", in the unit of print (KID x 1000)."""
+    return scaled(arm.minus(baseline, score), SCORES[score][1])
+
+
+def record_interval(recorder: Recorder, key: str, interval: Interval, **about) -> None:
+    """Record a value with its interval; `about` as in Recorder.record."""
+    recorder.record(key, interval.value, interval=(interval.low, interval.high), level=interval.level, **about)
+
+
+def record_change(recorder: Recorder, key: str, cell: str, arm: Scores, baseline: Scores) -> None:
+    """Record <key>.fd_change and .kid_change, paired, and their words <key>.fd_direction and .kid_direction."""
+    about = dict(cell=cell, n=arm.arm.n, seeds=arm.arm.seeds, artifacts=f"{arm.digest}+{baseline.digest}".split("+"))
+    for score, (name, _) in SCORES.items():
+        interval = change(arm, baseline, score)
+        label = f"{name} of {arm.arm.label} minus {baseline.arm.label}, {arm.space}"
+        record_interval(recorder, f"{key}.{score}_change", interval, label=label, **about)
+        recorder.record(f"{key}.{score}_direction", direction(interval), label=f"{label}, in words", **about)
+
+
+def record_scores(recorder: Recorder, key: str, cell: str, scores: Scores, baseline: Scores | None = None) -> None:
+    """Record an arm in one space: <key>.fd, .kid, the manifold scores, and with a baseline its changes."""
+    about = dict(cell=cell, n=scores.arm.n, seeds=scores.arm.seeds or None, artifacts=scores.digest.split("+"))
+    for score, (name, factor) in SCORES.items():
+        record_interval(recorder, f"{key}.{score}", scaled(getattr(scores, score).interval(), factor),
+                        label=f"{name} of {scores.arm.label}, {scores.space}", **about)  # fmt: skip
+    for name, value in scores.manifold.items():
+        recorder.record(f"{key}.{name}", value, label=f"{name} of {scores.arm.label}, {scores.space}", digits=3,
+                        **about)  # fmt: skip
+    if baseline is not None:
+        record_change(recorder, key, cell, scores, baseline)
+
+
+# ---- the members' gradients --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemberGradients:
+    """Logits [M,L,N] of M members on N noised images at L noise levels, and the Gram matrices [L,N,M,M] of
+    their gradients, <grad_x log r_a, grad_x log r_b>. Cosines and norms under every rule follow from these."""
+
+    sigmas: np.ndarray
+    logits: np.ndarray
+    gram: np.ndarray
+
+    @cached_property
+    def cosines(self) -> np.ndarray:
+        """Cosine [L,N,M,M] between the gradients of two members at one image."""
+        norm = np.sqrt(np.einsum("lnaa->lna", self.gram))
+        return self.gram / (norm[..., :, None] * norm[..., None, :])
+
+    @cached_property
+    def cosines_to_mean(self) -> np.ndarray:
+        """Cosine [L,N,M] between a member's gradient and the mean of all, which is the mean logit's gradient."""
+        norm = np.sqrt(np.einsum("lnaa->lna", self.gram))
+        return self.gram.mean(axis=-1) / (norm * self.mean_norm[..., None])
+
+    @property
+    def mean_norm(self) -> np.ndarray:
+        """Norm [L,N] of the mean logit's gradient."""
+        return np.sqrt(self.gram.mean(axis=(2, 3)))
+
+    @property
+    def fault_gain(self) -> np.ndarray:
+        """Factor [L,N] by which raw logits taken for probabilities change that gradient (`fault_gain`)."""
+        return fault_gain(self.logits.mean(axis=0))
+
+
+def fault_gain(mean_logit) -> np.ndarray:
+    """Derivative of log(m / (1 - m)) by the mean logit m, clipped to [1e-5, 1 - 1e-5]: 0, or 1/(m(1 - m)) >= 4."""
+    m = np.asarray(mean_logit, np.float64)
+    inside = (m > 1e-5) & (m < 1 - 1e-5)
+    safe = np.where(inside, m, 0.5)
+    return np.where(inside, 1 / (safe * (1 - safe)), 0.0)
+
+
+def gradient_gram(ensemble: Ensemble, images, sigmas, seed: int) -> MemberGradients:
+    """MemberGradients of an ensemble's members on images uint8 [N,H,W,C], noised to each sigma, in float32."""
+    members = [Ensemble(ensemble.extractor, [head], "mean_logit") for head in ensemble.heads]
+    logits, gram = [], []
+    for level, sigma in enumerate(np.asarray(sigmas, np.float64)):
+        sigma = torch.full((len(images),), sigma, dtype=torch.float64)
+        x_vp = perturb(images, sigma_to_vp_time(sigma), keyed_rng(seed, level, 0, EVALUATION))
+        x, sigma = (x_vp / vp_scale(sigma)[:, None, None, None]).to(device()), sigma.to(device())
+        grads, ratios = zip(*(grad_log_density_ratio(m, x.float(), sigma) for m in members), strict=True)
+        grads = torch.stack(grads).flatten(2)  # [M,N,CHW]
+        logits.append(torch.stack(ratios).cpu().numpy())  # [M,N]
+        gram.append(torch.einsum("and,bnd->nab", grads, grads).cpu().numpy())  # [N,M,M]
+    return MemberGradients(np.asarray(sigmas, np.float64), np.stack(logits, axis=1), np.stack(gram))
+
+
+def member_gradients(store: Store, trained: Trained, sigmas, num_images: int) -> MemberGradients:
+    """`gradient_gram` of all members on at most num_images *generated* test images, found or computed.
+
+    Generated, because that is where the sampler walks; of the test split, because no member knows them.
+    """
+    config = {"sigmas": [float(s) for s in sigmas], "num_images": num_images}
+    artifact = store.artifact("gradients", GRADIENTS_VERSION, config, {"discriminators": trained.digest},
+                              "members' gradients")  # fmt: skip
+
+    def make(folder):
+        images = trained.test_split.images[trained.test_split.labels == 0][:num_images]
+        found = gradient_gram(trained.ensemble().to(device()), images, sigmas, trained.config.seed)
+        np.save(folder / "logits.npy", found.logits)
+        np.save(folder / "gram.npy", found.gram)
+
+    path = artifact.compute(make).path
+    logits, gram = (np.load(path / f"{name}.npy", allow_pickle=False) for name in ("logits", "gram"))
+    return MemberGradients(np.asarray(sigmas, np.float64), logits, gram)

@@ -1,0 +1,103 @@
+"""The EDM denoiser: the published configuration, the preconditioning, and the fast group norm."""
+
+import pytest
+import torch
+
+from dgutils import edm
+from dgutils.errors import UserError
+
+TINY = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    network = edm.Denoiser(**(TINY | changes)).eval()
+    for parameter in network.parameters():  # a fresh network ends in near-zero layers, which would hide errors
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return network
+
+
+def test_published_configuration():
+    with torch.device("meta"):
+        network = edm.Denoiser(**edm.CIFAR10_UNCOND_VP)
+    names = dict(network.named_parameters())
+    assert sum(p.numel() for p in names.values()) == 55_733_891  # 55.7 M (FACTS section 1)
+    for name, shape in (
+        ("model.map_augment.weight", (128, 9)),
+        ("model.enc.32x32_conv.weight", (128, 3, 3, 3)),
+        ("model.enc.16x16_block0.qkv.weight", (768, 256, 1, 1)),
+        ("model.dec.8x8_in0.proj.bias", (256,)),
+        ("model.dec.32x32_block4.skip.weight", (256, 384, 1, 1)),
+        ("model.dec.32x32_aux_conv.weight", (3, 256, 3, 3)),
+    ):
+        assert tuple(names[name].shape) == shape
+    assert "model.enc.16x16_down.conv0.resample_filter" in network.state_dict()
+
+
+def test_preconditioning_limits():
+    """EDM table 1: at sigma -> 0 the denoiser is the identity; at large sigma it forgets the input's scale."""
+    network, x = tiny(), torch.randn(2, 1, 8, 8)
+    assert (network(x, 1e-6) - x).abs().max() < 1e-4
+    far = network(1e4 * x, 1e4)
+    assert far.abs().max() < 1e2  # c_skip x = x sigma_data^2 / sigma^2 is gone; c_out F stays
+
+
+def test_preconditioning_formula():
+    network, x, sigma = tiny().double(), torch.randn(3, 1, 8, 8).double(), torch.tensor([0.1, 1.0, 10.0]).double()
+    s, d = sigma[:, None, None, None], 0.5
+    raw = network.model(x / (s**2 + d**2).sqrt(), sigma.log() / 4)
+    expected = d**2 / (s**2 + d**2) * x + s * d / (s**2 + d**2).sqrt() * raw
+    assert (network(x, sigma) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_layouts_agree(patch_size):
+    """channels-last takes our group norm, contiguous torch's: the same numbers."""
+    network, x = tiny(patch_size=patch_size).double(), torch.randn(2, 1, 8, 8).double()
+    contiguous = network(x, 0.7)
+    assert (network.to(memory_format=torch.channels_last)(x, 0.7) - contiguous).abs().max() < 1e-12
+
+
+def test_group_norm_matches_torch_on_channels_last():
+    norm = edm.GroupNorm(24).double()
+    norm.weight.data.normal_()
+    norm.bias.data.normal_()
+    x = (5 + 2 * torch.randn(3, 24, 4, 4).double()).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
+    assert (norm(x) - expected).abs().max() < 1e-12
+
+
+def test_sigma_per_image_is_sigma_one_by_one():
+    network, x = tiny(), torch.randn(2, 1, 8, 8)
+    both = network(x, torch.tensor([0.3, 3.0]))
+    apart = torch.cat([network(x[:1], 0.3), network(x[1:], 3.0)])
+    assert (both - apart).abs().max() < 1e-5
+
+
+def test_class_labels_matter_and_default_to_none():
+    network, x = tiny(label_dim=3), torch.randn(1, 1, 8, 8)
+    one = network(x, 1.0, torch.eye(3)[:1])
+    assert (one - network(x, 1.0)).abs().max() > 1e-5
+    assert torch.equal(network(x, 1.0), network(x, 1.0, torch.zeros(1, 3)))
+
+
+def test_loss_of_the_exact_denoiser_is_the_posterior_variance():
+    """For data N(0, 0.25) = sigma_data^2, lambda E|D - y|^2 = lambda s^2 v/(s^2 + v) = 1 at every sigma."""
+
+    class Exact(torch.nn.Module):
+        sigma_data = 0.5
+
+        def forward(self, x, sigma):
+            return 0.25 / (0.25 + sigma[:, None, None, None] ** 2) * x
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    loss = edm.edm_loss(Exact(), 0.5 * draw(2000, 1, 4, 4), draw(2000), draw(2000, 1, 4, 4))
+    assert abs(loss.item() - 1) < 0.03
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(UserError, match="expected images"):
+        tiny()(torch.randn(2, 3, 8, 8), 1.0)
+    with pytest.raises(UserError, match="not divisible"):
+        edm.Denoiser(**(TINY | dict(img_resolution=9, patch_size=2)))

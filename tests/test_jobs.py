@@ -1,0 +1,236 @@
+"""The steps end to end with tiny random networks: same images whatever the batch, a kill, or a second run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dgutils import checkpoints, jobs
+from dgutils.adm import EncoderUNet
+from dgutils.discriminator import MemberConfig
+from dgutils.edm import Denoiser
+from dgutils.errors import UserError
+from dgutils.store import Store
+
+SCORE = dict(img_resolution=32, img_channels=1, patch_size=4, model_channels=8, channel_mult=(1, 2), num_blocks=1,
+             attn_resolutions=())  # fmt: skip
+EXTRACTOR = dict(image_size=32, in_channels=1, model_channels=16, out_channels=3, num_res_blocks=1,
+                 attention_resolutions=(), channel_mult=(1, 1), num_head_channels=16, patch_size=4)  # fmt: skip
+HEAD = dict(image_size=4, in_channels=16, model_channels=16, out_channels=1, num_res_blocks=1,
+            attention_resolutions=[1], channel_mult=[1], num_head_channels=16)  # fmt: skip
+MEMBERS = (MemberConfig("a", 1e-2, 0.0, 2), MemberConfig("b", 1e-3, 1e-7, 1, 0.01))
+
+
+def random_network(cls, config, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = cls(**config)
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return network.eval().requires_grad_(False)
+
+
+def use_tiny_networks(monkeypatch):
+    score, extractor = random_network(Denoiser, SCORE, 0), random_network(EncoderUNet, EXTRACTOR, 1)
+    monkeypatch.setattr(checkpoints, "load_denoiser", lambda name: score)
+    monkeypatch.setattr(checkpoints, "load_feature_extractor", lambda name: extractor)
+    monkeypatch.setattr(checkpoints, "weights_digest", lambda name: f"weights of {name}")
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(monkeypatch):
+    use_tiny_networks(monkeypatch)
+
+
+def sampling(**changes):
+    settings = dict(score_network="tiny", num_steps=4, batch_size=8, shard_size=8, precision="float32")
+    return jobs.Sampling(**(settings | changes))
+
+
+def training(**changes):
+    return jobs.Training(**(dict(dataset="fashion_mnist", feature_extractor="tiny", head=HEAD, members=MEMBERS,
+                                 num_real=40, batch_size=8, precision="float32") | changes))  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path):
+    log = []
+    store = Store(tmp_path, log.append)
+    store.lines = log
+    return store
+
+
+@pytest.fixture
+def trained(store):
+    return jobs.train(store, training(), jobs.generate(store, sampling(), 40))
+
+
+def test_images_do_not_depend_on_the_batch_size(store, trained):
+    """Batches of 1, 7 and 64 agree to a grey level, guided with boosting or not."""
+    guidances = (None, jobs.Guidance(trained, (0, 1), "mean_probability", boosting="released"))
+    for guidance in guidances:
+        sets = [
+            jobs.generate(store, sampling(batch_size=size, shard_size=size), 64, 100, guidance).images.astype(int)
+            for size in (1, 7, 64)
+        ]
+        assert max(np.abs(a - sets[0]).max() for a in sets[1:]) <= 1
+    assert sets[0].std() > 1
+
+
+def test_second_run_hits_and_larger_sets_extend(store):
+    first = jobs.generate(store, sampling(), 16).images
+    store.lines.clear()
+    more = jobs.generate(store, sampling(), 24).images
+    assert np.array_equal(more[:16], first) and "2 of 3 shards stored" in store.lines[0]
+    store.lines.clear()
+    jobs.generate(store, sampling(), 24)
+    assert store.lines[0].startswith("HIT")
+    jobs.generate(store, sampling(num_steps=5), 8)
+    assert "config.num_steps 4 -> 5" in store.lines[-1]
+
+
+def test_training_is_found_and_its_states_differ(store, trained):
+    again = jobs.train(store, training(), trained.fakes)
+    assert store.lines[-1].startswith("HIT") and again.digest == trained.digest
+    assert [len(h) for h in trained.history] == [2, 1]
+    one, both = trained.ensemble([0]), trained.ensemble()
+    x, t = torch.randn(3, 1, 32, 32), torch.tensor(0.1)
+    assert torch.equal(one.logits(x, t)[0], both.logits(x, t)[0])
+    assert not torch.equal(both.logits(x, t)[0], both.logits(x, t)[1])
+    with pytest.raises(UserError, match="members 0 to 1"):
+        trained.ensemble([2])
+
+
+def test_interrupted_training_goes_on_to_the_same_bits(store, trained, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    other, epochs = Store(tmp_path / "other", lambda line: None), []
+    real = checkpoints.write_tensors
+
+    def killed_after_first_epoch(path, tensors, metadata):
+        real(path, tensors, metadata)
+        epochs.append(path)
+        raise Killed
+
+    fakes = jobs.generate(other, sampling(), 40)
+    monkeypatch.setattr(checkpoints, "write_tensors", killed_after_first_epoch)
+    with pytest.raises(Killed):
+        jobs.train(other, training(), fakes)
+    monkeypatch.setattr(checkpoints, "write_tensors", real)
+    resumed = jobs.train(other, training(), fakes)
+    assert epochs and resumed.history == trained.history
+    for key, value in trained._tensors.items():
+        assert torch.equal(value, resumed._tensors[key]), key
+    assert not list((other.root / "partial").iterdir())
+
+
+def test_splits_are_balanced_and_held_out(store, trained):
+    parts = jobs.splits(trained.config, trained.fakes)
+    assert [len(p.labels) for p in parts] == [64, 8, 8]
+    assert all(p.labels.mean() == 0.5 for p in parts)
+    logits, labels = jobs.held_out_logits(store, trained, [0.1, 0.5])
+    assert logits.shape == (2, 2, 8) and np.array_equal(labels, parts[2].labels)
+
+
+def test_scores_pair_equal_seeds_only(store):
+    a = jobs.generate(store, sampling(), 40, label="a")
+    b = jobs.generate(store, sampling(num_steps=3), 40, label="b")
+    other = jobs.generate(store, sampling(), 40, first_seed=8, label="other seeds")
+    real = jobs.RealSet("fashion_mnist", "test", 60)
+    scores = [jobs.evaluate(store, arm, real, "tiny", 20) for arm in (a, b, other)]
+    interval = scores[1].minus(scores[0])
+    assert interval.value == pytest.approx(scores[1].fd.value - scores[0].fd.value) and interval.low < interval.high
+    assert scores[0].minus(scores[0], "kid").low == scores[0].minus(scores[0], "kid").high == 0
+    with pytest.raises(UserError, match="other seeds"):
+        scores[2].minus(scores[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: jobs.generate(s, sampling(batch_size=3), 4), "not a multiple of batch_size"),
+        (lambda s: jobs.generate(s, sampling(), 0), "at least 1"),
+        (lambda s: jobs.generate(s, sampling(num_steps=1), 8), "num_steps >= 2"),
+        (lambda s: jobs.RealSet("fashion_mnist", "test", 20_000).images, "has 10000 test images"),
+        (lambda s: jobs.train(s, training(num_real=16), jobs.generate(s, sampling(), 8)), "as many of each"),
+        (lambda s: jobs.features(s, jobs.RealSet("fashion_mnist", "test", 4), "efficientnet-b7"), "feature space"),
+    ],
+)
+def test_bad_configs_are_one_clear_line(store, call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call(store)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_survive_kill_9_in_the_middle(tmp_path):
+    """SIGKILL a sampling process after its first shard: the next run reuses it and ends with the same bits."""
+    script = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import test_jobs as t
+        from dgutils import checkpoints, jobs
+        from dgutils.store import Store
+        score = t.random_network(t.Denoiser, t.SCORE, 0)
+        checkpoints.load_denoiser = lambda name: score
+        checkpoints.weights_digest = lambda name: "weights of " + name
+        jobs.generate(Store(sys.argv[1]), t.sampling(), 64)
+    """)
+    victim = subprocess.Popen([sys.executable, "-c", script, tmp_path / "killed"], stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "killed").glob("generate/*/shard_00001")) and victim.poll() is None:
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    finished = len(list((tmp_path / "killed").glob("generate/*/shard_*/manifest.json")))
+    lines = []
+    resumed = jobs.generate(Store(tmp_path / "killed", lines.append), sampling(), 64)
+    assert 2 <= finished < 8 and "of 8 shards stored" in lines[0], (finished, lines)
+    whole = jobs.generate(Store(tmp_path / "whole", lines.append), sampling(), 64)
+    assert np.array_equal(resumed.images, whole.images)
+
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "golden.json")
+
+
+def measured(store) -> dict:
+    """A few numbers of every step at its present version, with tiny networks in float32."""
+    fakes = jobs.generate(store, sampling(), 40)
+    trained = jobs.train(store, training(), fakes)
+    x = jobs.sample(sampling(), range(2), jobs.Guidance(trained, (0, 1), "mean_probability", boosting="released"))
+    real = jobs.RealSet("fashion_mnist", "test", 60)
+    scores = jobs.evaluate(store, fakes, real, "tiny", 5)
+    numbers = {
+        "generate": x[0, 0, ::7, ::7].flatten().tolist(),
+        "train": [row["val_loss"] for history in trained.history for row in history],
+        "logits": jobs.held_out_logits(store, trained, [0.1])[0].flatten()[:8].tolist(),
+        "features": jobs.features(store, fakes, "tiny")[0].tolist(),
+        "evaluate": [scores.fd.value, scores.kid.value, *scores.fd.draws, *scores.manifold.values()],
+    }
+    return {step: {"version": jobs.VERSIONS[step], "values": values} for step, values in numbers.items()}
+
+
+def test_numbers_change_only_with_their_version(store):
+    """If this fails and the change was meant: raise the step's version in jobs.VERSIONS, then run this file."""
+    with open(GOLDEN) as file:
+        golden = json.load(file)
+    assert golden.keys() == jobs.VERSIONS.keys()
+    for step, now in measured(store).items():
+        same = np.allclose(now["values"], golden[step]["values"], rtol=2e-3, atol=2e-4)
+        assert golden[step]["version"] == now["version"], f"{step}: new version; run `python tests/test_jobs.py`"
+        assert same, f"{step}: its numbers changed and jobs.VERSIONS['{step}'] did not"
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    use_tiny_networks(pytest.MonkeyPatch())
+    with tempfile.TemporaryDirectory() as folder:
+        content = measured(Store(folder, print))
+    with open(GOLDEN, "w") as file:
+        json.dump(content, file, indent=1)
