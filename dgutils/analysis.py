@@ -4,6 +4,7 @@ Words follow intervals by one rule, so that a sentence cannot say more than its 
 whole interval lies below zero, "higher than" if above, else "not distinguishable from".
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,9 +13,9 @@ import torch
 
 from .discriminator import EVALUATION, Ensemble, perturb
 from .guidance import grad_log_density_ratio
-from .jobs import Scores, Trained, device
+from .jobs import Scores, Study, Trained, device
 from .metrics import Interval, Resampled
-from .noise import keyed_rng, sigma_to_vp_time, vp_scale
+from .noise import keyed_rng, sigma_to_vp_time, vp_scale, vp_time_to_sigma
 from .results import Recorder
 from .store import Store
 
@@ -65,13 +66,19 @@ def record_interval(recorder: Recorder, key: str, interval: Interval, **about) -
     recorder.record(key, interval.value, interval=(interval.low, interval.high), level=interval.level, **about)
 
 
+def two_digits(interval: Interval) -> int | None:
+    """Decimals that show two digits of the half width: of a difference one reads whether it reaches zero."""
+    half = (interval.high - interval.low) / 2
+    return max(0, 1 - math.floor(math.log10(half))) if half else None
+
+
 def record_change(recorder: Recorder, key: str, cell: str, arm: Scores, baseline: Scores) -> None:
     """Record <key>.fd_change and .kid_change, paired, and their words <key>.fd_direction and .kid_direction."""
     about = dict(cell=cell, n=arm.arm.n, seeds=arm.arm.seeds, artifacts=f"{arm.digest}+{baseline.digest}".split("+"))
     for score, (name, _) in SCORES.items():
         interval = change(arm, baseline, score)
         label = f"{name} of {arm.arm.label} minus {baseline.arm.label}, {arm.space}"
-        record_interval(recorder, f"{key}.{score}_change", interval, label=label, **about)
+        record_interval(recorder, f"{key}.{score}_change", interval, label=label, digits=two_digits(interval), **about)
         recorder.record(f"{key}.{score}_direction", direction(interval), label=f"{label}, in words", **about)
 
 
@@ -86,6 +93,25 @@ def record_scores(recorder: Recorder, key: str, cell: str, scores: Scores, basel
                         **about)  # fmt: skip
     if baseline is not None:
         record_change(recorder, key, cell, scores, baseline)
+
+
+def statement(recorder: Recorder, key: str, subject: str, baseline: str) -> str:
+    """A recorded change as a sentence, KID first."""
+    text = recorder.results.text
+    kid, fd = (f"**{text(f'{key}.{score}_direction')}** that of {baseline} (change {text(f'{key}.{score}_change')})"
+               for score in ("kid", "fd"))  # fmt: skip
+    return f"KID x 1000 of {subject} is {kid}; FD is {fd}."
+
+
+def scores_table(recorder: Recorder, name: str, labels: dict[str, str], slot: str, caption: str) -> None:
+    """A table of what `record_scores` recorded: one row for each key of `labels`, in the space of this slot."""
+    columns = {"fd": "FD", "kid": "KID x 1000", "fd_change": "FD change", "kid_change": "KID change",
+               "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage"}  # fmt: skip
+    rows = []
+    for key, label in labels.items():
+        cells = [f"{key}.{slot}.{column}" for column in columns]
+        rows.append((label, *(cell if cell in recorder.records else None for cell in cells)))
+    recorder.table(name, ["Arm", *columns.values()], rows, caption)
 
 
 # ---- the members' gradients --------------------------------------------------------------
@@ -123,6 +149,12 @@ class MemberGradients:
         return fault_gain(self.logits.mean(axis=0))
 
 
+def guided_sigmas(study: Study, levels: int) -> np.ndarray:
+    """Noise levels [levels], evenly spaced in log sigma over the part of the sampler's range that is guided."""
+    window = vp_time_to_sigma(torch.tensor([study.time_min, study.time_max], dtype=torch.float64)).tolist()
+    return np.geomspace(max(window[0], study.sigma_min), min(window[1], study.sigma_max), levels)
+
+
 def fault_gain(mean_logit) -> np.ndarray:
     """Derivative of log(m / (1 - m)) by the mean logit m, clipped to [1e-5, 1 - 1e-5]: 0, or 1/(m(1 - m)) >= 4."""
     m = np.asarray(mean_logit, np.float64)
@@ -139,7 +171,7 @@ def gradient_gram(ensemble: Ensemble, images, sigmas, seed: int) -> MemberGradie
         sigma = torch.full((len(images),), sigma, dtype=torch.float64)
         x_vp = perturb(images, sigma_to_vp_time(sigma), keyed_rng(seed, level, 0, EVALUATION))
         x, sigma = (x_vp / vp_scale(sigma)[:, None, None, None]).to(device()), sigma.to(device())
-        grads, ratios = zip(*(grad_log_density_ratio(m, x.float(), sigma) for m in members), strict=True)
+        grads, ratios = zip(*(grad_log_density_ratio(m, x, sigma) for m in members), strict=True)
         grads = torch.stack(grads).flatten(2)  # [M,N,CHW]
         logits.append(torch.stack(ratios).cpu().numpy())  # [M,N]
         gram.append(torch.einsum("and,bnd->nab", grads, grads).cpu().numpy())  # [N,M,M]

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from IPython.display import Image
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .paths import figures_dir
 from .store import disk_errors
@@ -67,3 +68,326 @@ def mosaic(ax, images, columns: int, gap: int = 1) -> None:
     ax.imshow(canvas.squeeze(-1) if channels == 1 else canvas, vmin=0, vmax=255, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
+
+
+# ---- evaluation, reproduction, ensemble (notebooks 04 to 06) ------------------------------
+
+
+def _interval(ax, x, y, interval, index, horizontal, filled=True):
+    """A dot with its interval as a bar, along x or along y."""
+    arms = [[interval.value - interval.low], [interval.high - interval.value]]
+    look = {k: v for k, v in style(index).items() if k != "linestyle"}
+    face = look["color"] if filled else "white"
+    ax.errorbar([x], [y], **{"xerr" if horizontal else "yerr": arms}, **look, markerfacecolor=face,
+                linestyle="none", capsize=2, elinewidth=1, markersize=4.5)  # fmt: skip
+
+
+def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
+    """Dots with intervals, a row an arm, a panel a score; zero is the arm that all are compared to.
+
+    changes: panel's axis label -> {arm: Interval}, laid out two panels a row; groups: arm -> style index.
+    """
+    fig, axes = panels(-(-len(changes) // 2), min(2, len(changes)), height, sharey=True, squeeze=False)
+    for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
+        for row, (arm, interval) in enumerate(arms.items()):
+            _interval(ax, interval.value, row, interval, groups[arm], horizontal=True)
+        ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
+        ax.set(yticks=range(len(arms)), yticklabels=list(arms), ylim=(len(arms) - 0.5, -0.5))
+        ax.set_xlabel(label, linespacing=1)
+        ax.grid(axis="x")
+        ax.set_axisbelow(True)
+    return fig
+
+
+def sensitivity(changes: dict, defaults: dict, height: float = 3.4) -> Figure:
+    """Dots with intervals over settings: a row of panels a score, a column a parameter; the default is filled.
+
+    changes: row's axis label -> {column's axis label: {setting: Interval}}; defaults: column's label -> setting.
+    """
+    columns = list(next(iter(changes.values())))
+    widths = [max(2, len(next(iter(changes.values()))[column])) for column in columns]
+    fig, axes = panels(len(changes), len(columns), height, sharey="row", sharex="col", squeeze=False,
+                       width_ratios=widths)  # fmt: skip
+    for row, (label, charts) in zip(axes, changes.items(), strict=True):
+        row[0].set_ylabel(label, linespacing=1)
+        for i, (ax, (column, settings)) in enumerate(zip(row, charts.items(), strict=True)):
+            for x, (setting, interval) in enumerate(settings.items()):
+                _interval(ax, x, interval.value, interval, i, horizontal=False, filled=setting == defaults[column])
+            ax.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+            ax.set(xticks=range(len(settings)), xticklabels=list(settings), xlim=(-0.6, len(settings) - 0.4))
+            ax.grid(axis="y")
+            ax.set_axisbelow(True)
+            if ax.get_subplotspec().is_last_row():
+                ax.set_xlabel(column)
+    return fig
+
+
+def image_rows(named: dict, columns: int = 12, height: float = 3.6) -> Figure:
+    """Images uint8 [N, H, W, C] of several arms below each other; the same place is the same seed."""
+    fig, axes = panels(len(named), 1, height, squeeze=False)
+    for ax, (label, images) in zip(axes[:, 0], named.items(), strict=True):
+        mosaic(ax, images, columns)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+    return fig
+
+
+def _legend_above(ax):
+    """A legend that hides nothing, whatever the curves do."""
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, columnspacing=1)
+
+
+def _band(ax, x, values, index, label):
+    """Median over the last axis of values [L, K], NaN left out, with a band from the 10th to the 90th percentile."""
+    some = np.isfinite(values).any(axis=1)
+    x, (low, middle, high) = x[some], np.nanquantile(values[some], [0.1, 0.5, 0.9], axis=1)
+    ax.plot(x, middle, **style(index), label=label)
+    ax.fill_between(x, low, high, color=COLOURS[index], alpha=0.2, linewidth=0)
+
+
+def gradient_likeness(sigmas, pairs, to_mean, matrix, names, height: float = 2.5) -> Figure:
+    """Cosines of the members' gradients by noise level (pairs, to_mean [L, K]), and their mean [M, M] by pair."""
+    fig, (left, right) = panels(1, 2, height, width_ratios=[1.35, 1])
+    _band(left, sigmas, to_mean, 1, "a member and the mean")
+    _band(left, sigmas, pairs, 0, "two members")
+    left.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+    left.set(xscale="log", xlabel=r"noise level $\sigma$", ylabel="cosine of gradients", ylim=(None, 1.05))
+    _legend_above(left)
+    size = range(len(names))
+    right.imshow(matrix, vmin=0, vmax=1, cmap="Greys")
+    right.set(xticks=size, yticks=size, xticklabels=names, yticklabels=names, title="mean over noise levels")
+    right.tick_params(axis="x", rotation=90)
+    right.spines[:].set_visible(False)
+    for i in size:
+        for j in size:
+            right.text(j, i, f"{matrix[i][j]:.2f}", ha="center", va="center", fontsize=7,
+                       color="white" if matrix[i][j] > 0.5 else "black")  # fmt: skip
+    return fig
+
+
+def fault(sigmas, silent: dict, strength: dict, height: float = 2.4) -> Figure:
+    """The raw-logit fault by noise level: share of images without guidance [L], and guidance norms [L, N].
+
+    A norm that is NaN counts as absent, since zero has no place on a logarithmic axis.
+    """
+    fig, (left, right) = panels(1, 2, height)
+    for index, (label, share) in enumerate(silent.items()):
+        left.plot(sigmas, np.asarray(share) * 100, **style(index + 1), label=label)
+    left.set(xscale="log", xlabel=r"noise level $\sigma$", ylabel="images without guidance (%)", ylim=(-3, 103))
+    _legend_above(left)
+    for index, (label, norms) in enumerate(strength.items()):
+        _band(right, sigmas, norms, index, label)
+    right.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$",
+              ylabel=r"norm of $w\,\sigma^2\,\nabla_x \log r$")  # fmt: skip
+    _legend_above(right)
+    return fig
+
+
+# ---- 01: fake samples ----------------------------------------------------------------------
+
+
+def schedule(sigmas, vp_times, guided, num_steps, errors):
+    """The schedule by step, sigmas and vp_times [S], guided bool [S]; and Heun's error by number of steps."""
+    fig, axes = panels(1, 3, 1.9)
+    steps = np.arange(len(sigmas))
+    for ax, values, name in zip(axes, (sigmas, vp_times), (r"noise level $\sigma$", r"VP time $\tau$"), strict=False):
+        shade = ax.axvspan(steps[guided].min() - 0.5, steps[guided].max() + 0.5, color="0.88", lw=0)
+        ax.plot(steps, values, **style(0))
+        ax.set(xlabel="step", ylabel=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_yscale("log")
+    axes[1].legend([shade], ["guided"], loc="lower left", handlelength=1.2)
+    axes[2].loglog(num_steps, errors, **style(0), label="Heun")
+    axes[2].loglog(num_steps, errors[-1] * (np.array(num_steps) / num_steps[-1]) ** -2.0, color="0.4",
+                   linestyle=":", label="slope $-2$")  # fmt: skip
+    axes[2].set(xlabel="steps", ylabel="largest error on a Gaussian", xticks=num_steps, xticklabels=num_steps)
+    axes[2].minorticks_off()
+    axes[2].legend()
+    return fig
+
+
+def trajectory(noisy, clean, sigmas):
+    """Per image two rows: the sample and its denoised guess, uint8 [steps, N, H, W, C]; a column a noise level."""
+    steps, n, height, width, channels = noisy.shape
+    rows = np.stack([noisy, clean]).transpose(2, 0, 1, 3, 4, 5).reshape(-1, height, width, channels)
+    fig, ax = panels(1, 1, (TEXT_WIDTH - 0.3) * 2 * n / steps + 0.4)
+    mosaic(ax, rows, steps)
+    ax.set_xticks(np.arange(steps) * (width + 1) + width / 2, [f"{s:.3g}" for s in sigmas])
+    ax.set_yticks(np.arange(2 * n) * (height + 1) + height / 2, ["$x$", "$D$"] * n)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.set_xlabel(r"noise level $\sigma$")
+    ax.xaxis.set_label_position("top")
+    return fig
+
+
+def real_and_fake(real, fake, columns: int = 8):
+    """Real images beside generated ones, uint8 [N, H, W, C] each."""
+    fig, axes = panels(1, 2, 2.75 * -(-len(real) // columns) / columns + 0.25)
+    for ax, images, name in zip(axes, (real, fake), ("real", "generated"), strict=True):
+        mosaic(ax, images, columns)
+        ax.set_title(name)
+    return fig
+
+
+# ---- 02: discriminator training ------------------------------------------------------------
+
+
+def training_density(times, levels):
+    """Shares of training draws by sigma: times, name -> (sigma of sorted draws [n]); levels: the sampler's sigmas."""
+    fig, axes = panels(1, 2, 1.9, width_ratios=(3, 2))
+    for i, (name, (sigma, vp_time)) in enumerate(times.items()):
+        share = (np.arange(len(sigma)) + 0.5) / len(sigma)
+        line = style(i) | {"marker": ""}
+        axes[0].plot(sigma, share, **line, label=name)
+        axes[1].hist(vp_time, np.linspace(0, 1, 41), density=True, histtype="step", color=COLOURS[i],
+                     linestyle=LINES[i])  # fmt: skip
+    for level in levels:
+        axes[0].axvline(level, ymax=0.06, color="0.3", linewidth=0.7)
+    axes[0].set(xscale="log", xlabel=r"noise level $\sigma$ (ticks: the sampler's steps)",
+                ylabel="share of draws below")  # fmt: skip
+    axes[0].legend(title=r"minimum $\tau$", loc="upper left")
+    axes[1].set(yscale="log", xlabel=r"VP time $\tau$", ylabel="density")
+    return fig
+
+
+def training_curves(histories: dict, chance: float):
+    """The study's figure 1: loss (above) and accuracy (below) of every member by epoch, training and validation.
+
+    histories: name -> rows of `Trained.history`; chance: the loss that knows nothing, ln 2.
+    """
+    groups = [list(histories.items())[i : i + 3] for i in range(0, len(histories), 3)]
+    fig, axes = panels(2 * len(groups), 3, 1.35 * 2 * len(groups), squeeze=False, sharey="none")
+    losses = [row[key] for rows in histories.values() for row in rows for key in ("train_loss", "val_loss")]
+    accuracies = [row[key] for rows in histories.values() for row in rows for key in ("train_accuracy", "val_accuracy")]
+    for column, row, name, history in [(c, r, *item) for r, group in enumerate(groups) for c, item in enumerate(group)]:
+        epochs = [entry["epoch"] for entry in history]
+        best = min(history, key=lambda entry: entry["val_loss"])["epoch"]
+        for ax, quantity, level in zip(axes[2 * row :, column], ("loss", "accuracy"), (chance, 0.5), strict=False):
+            ax.axhline(level, color="0.55", linewidth=0.8, linestyle=":")
+            ax.axvline(best, color="0.75", linewidth=2.5, zorder=0)
+            every = max(1, len(epochs) // 10)
+            ax.plot(epochs, [entry[f"train_{quantity}"] for entry in history], **style(0), markevery=every,
+                    label="training")  # fmt: skip
+            ax.plot(epochs, [entry[f"val_{quantity}"] for entry in history], **style(1), markevery=every,
+                    label="validation")  # fmt: skip
+            values = losses if quantity == "loss" else accuracies
+            margin = 0.06 * (max(values) - min(values)) + 0.005
+            ax.set(ylim=(min(*values, level) - margin, max(*values, level) + margin), xlim=(0.5, len(epochs) + 0.5))
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+            if column == 0:
+                ax.set_ylabel(f"{quantity} (nats)" if quantity == "loss" else quantity)
+        axes[2 * row, column].set_title(f"{name} (best: epoch {best})")
+        axes[2 * row + 1, column].set_xlabel("epoch")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2)
+    return fig
+
+
+def calibration(reliability: dict, sigmas, bce: dict, error: dict, chance: float):
+    """Reliability of one member at some levels, and the members' held-out loss and calibration error by sigma.
+
+    reliability: name -> (probabilities [N], labels [N]), binned here; bce, error: member -> [levels].
+    """
+    fig, axes = panels(1, 3, 2.35)
+    axes[0].plot([0, 1], [0, 1], color="0.55", linewidth=0.8, linestyle=":")
+    for i, (name, (probability, labels)) in enumerate(reliability.items()):
+        which = np.minimum((probability * 10).astype(int), 9)
+        count = np.bincount(which, minlength=10)
+        seen = count >= 5  # a mean of fewer says little
+        said, real = (np.bincount(which, v, 10)[seen] / count[seen] for v in (probability, labels))
+        axes[0].plot(said, real, **style(i), label=name)
+    axes[0].set(xlabel="said probability of real", ylabel="share that is real", xlim=(0, 1), ylim=(0, 1))
+    axes[0].legend(loc="upper left", borderaxespad=0.1, handlelength=1.8)
+    for ax, values, name in ((axes[1], bce, "held-out loss (nats)"), (axes[2], error, "calibration error")):
+        for i, (member, by_level) in enumerate(values.items()):
+            ax.plot(sigmas, by_level, **style(i), label=member)
+        ax.set(xscale="log", xlabel=r"noise level $\sigma$", ylabel=name, xticks=[0.1, 1, 10, 100])
+    axes[1].axhline(chance, color="0.55", linewidth=0.8, linestyle=":")
+    axes[2].set_ylim(bottom=0)
+    handles, labels = axes[1].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), columnspacing=1.2)
+    return fig
+
+
+def log_ratios(by_level: dict):
+    """Histograms of log r of real and generated held-out images: name of the level -> (real [N], fake [N])."""
+    fig, axes = panels(1, len(by_level), 1.8, sharey=True)
+    for ax, (name, (real, fake)) in zip(axes, by_level.items(), strict=True):
+        low, high = np.quantile(np.concatenate([real, fake]), [0.005, 0.995])
+        bins = np.linspace(low - 0.01, high + 0.01, 25)
+        shares = [np.full(len(v), 1 / len(v)) for v in (real, fake)]
+        ax.hist(np.clip(fake, *bins[[0, -1]]), bins, weights=shares[1], color=COLOURS[4], alpha=0.55, label="generated")
+        ax.hist(np.clip(real, *bins[[0, -1]]), bins, weights=shares[0], color=COLOURS[0], histtype="step",
+                linewidth=1.3, label="real")  # fmt: skip
+        ax.axvline(0, color="0.3", linewidth=0.7, linestyle=":")
+        ax.set(title=name, xlabel=r"$\log r$ (nats)", xlim=bins[[0, -1]])
+    axes[0].set_ylabel("share of images")
+    axes[0].set_ylim(top=axes[0].get_ylim()[1] * 1.25)
+    axes[0].legend(loc="upper left", handlelength=1.4, borderaxespad=0.1)
+    return fig
+
+
+# ---- 03: guided sampling -------------------------------------------------------------------
+
+
+def toy_world(points: dict, grid, density):
+    """Samples of the 2-D world over contours of the data's density: title -> points [N, 2]; density on grid^2."""
+    fig, axes = panels(1, len(points), TEXT_WIDTH / len(points) + 0.55, sharex=True, sharey=True)
+    for ax, (title, xy) in zip(axes, points.items(), strict=True):
+        ax.scatter(*xy.T, s=1.2, color=COLOURS[1], alpha=0.55, linewidths=0, rasterized=True)
+        ax.contour(grid, grid, density, levels=density.max() * np.array([0.02, 0.15, 0.6]), colors="0.1",
+                   linewidths=0.7)  # fmt: skip
+        ax.set(title=title, aspect="equal", xlim=grid[[0, -1]], ylim=grid[[0, -1]], xlabel="$x_1$")
+        ax.tick_params(labelsize=7)
+    axes[0].set_ylabel("$x_2$")
+    return fig
+
+
+def toy_scores(distances: dict, num_steps, errors: dict):
+    """Energy distances, label -> (value, low, high), and by number of steps the distance to the exact answer."""
+    fig, (left, right) = panels(1, 2, 2.2)
+    for row, (value, low, high) in enumerate(distances.values()):
+        left.plot([low, high], [row, row], color="0.4", linewidth=1)
+        left.plot(value, row, **style(row % 7) | {"linestyle": ""})
+    left.axvline(0, color="0.55", linewidth=0.8, linestyle=":")
+    left.set(yticks=range(len(distances)), yticklabels=distances, xlabel="energy distance to the data")
+    left.invert_yaxis()
+    for i, (name, values) in enumerate(errors.items()):
+        right.loglog(num_steps, values, **style(i), label=name)
+    right.set(xlabel="steps", ylabel="mean distance to exact", xticks=num_steps, xticklabels=num_steps)
+    right.minorticks_off()
+    right.legend()
+    return fig
+
+
+def guided_pairs(unguided, guided):
+    """The same seeds without and with guidance, and their difference (grey: none); uint8 [N, H, W, C] each."""
+    n, height, width, _ = unguided.shape
+    difference = np.clip(127.5 + (guided.astype(float) - unguided) / 2, 0, 255).astype(np.uint8)
+    fig, ax = panels(1, 1, (TEXT_WIDTH - 0.8) * 3 / n + 0.3)
+    mosaic(ax, np.concatenate([unguided, guided, difference]), n)
+    ax.set_yticks(np.arange(3) * (height + 1) + height / 2, ["unguided", "guided", "difference"])
+    ax.tick_params(length=0)
+    ax.set_xlabel(r"most changed $\longrightarrow$ least changed")
+    return fig
+
+
+def guidance_by_step(sigmas, strength, log_ratio: dict, apart, window):
+    """Along the trajectory: guidance over the denoiser's own update, log r, distance between the two arms.
+
+    strength, apart: [steps, N]; log_ratio: name -> [steps, N], nan outside the window; window: its (low, high) sigma.
+    """
+    fig, axes = panels(1, 3, 2.1)
+    series = [{"": strength}, log_ratio, {"": apart}]
+    names = ("guidance / update of the score", r"mean $\log r$ (nats)", "arms apart (grey levels)")
+    for ax, arms, name in zip(axes, series, names, strict=True):
+        ax.axvspan(*window, color="0.92", lw=0)
+        for i, (label, values) in enumerate(arms.items()):
+            mean, half = values.mean(1), 1.96 * values.std(1, ddof=1) / np.sqrt(values.shape[1])
+            ax.fill_between(sigmas, mean - half, mean + half, color=COLOURS[i], alpha=0.25, lw=0)
+            ax.plot(sigmas, mean, **style(i), label=label)
+        ax.set(xscale="log", xlabel=r"noise level $\sigma$", ylabel=name)
+        ax.set_xlim(max(sigmas) * 1.6, min(sigmas) / 1.6)  # as the sampler goes: from noise to image
+    axes[1].axhline(0, color="0.55", linewidth=0.8, linestyle=":")
+    axes[1].legend(loc="best")
+    return fig

@@ -25,7 +25,8 @@ SUMMARY = ("arms", "arms_second", "rules")  # tables of notebooks 04 and 06
 KEY = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 
 LATEX_COMMANDS = r"""% Written by dgutils.results.write_latex from the results of one profile; edits are lost.
-% \res{key}: value, interval and unit; \resval: the value; \resint: the interval; \resn: the sample count.
+% \res{key}: value, interval and unit; \resval: the value; \resint: the interval; \resn: the sample count;
+% \rescaption{table}: a table's caption.
 \makeatletter
 \newcommand{\dgprofile}{@PROFILE@}
 \newcommand{\dg@set}[3]{\expandafter\def\csname dg@#1@#2\endcsname{#3}}
@@ -35,6 +36,7 @@ LATEX_COMMANDS = r"""% Written by dgutils.results.write_latex from the results o
 \DeclareRobustCommand{\resval}[1]{\dg@get{value}{#1}}
 \DeclareRobustCommand{\resint}[1]{\dg@get{interval}{#1}}
 \DeclareRobustCommand{\resn}[1]{\dg@get{n}{#1}}
+\DeclareRobustCommand{\rescaption}[1]{\dg@get{caption}{#1}}
 """
 
 
@@ -81,6 +83,13 @@ class Recorder:
         self.records[key] = {
             "value": value, "label": label, "cell": cell, "unit": unit, "interval": interval, "level": level,
             "n": n, "seeds": seeds, "artifacts": artifacts or [], "digits": digits}
+
+    def settings(self, study: Any) -> None:
+        """Record the parameters of a run (the dataclass jobs.Study) under settings.<name>; lists are left out."""
+        for name, value in vars(study).items():
+            if isinstance(value, int | float | str):
+                self.record(f"settings.{name}", f"{value:g}" if isinstance(value, float) else value,
+                            label=f"parameter {name}", cell="parameters")
 
     def table(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> None:
         """Record a table: column heads, and rows of a label followed by result keys (None: an empty cell)."""
@@ -168,10 +177,17 @@ class Results:
 
     def latex_table(self, name: str) -> str:
         """A table as a booktabs tabular; its caption and float belong to the text."""
-        head, *rows = [" & ".join(row) + r" \\" for row in self.cells(name, latex=True)]
-        columns = "l" + "r" * (len(self.tables[name]["columns"]) - 1)
-        return "\n".join([rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule", head, r"\midrule", *rows,
-                          r"\bottomrule", r"\end{tabular}"]) + "\n"
+        return tabular(self.cells(name, latex=True))
+
+    def latex_provenance(self) -> str:
+        """Which run of each notebook these results are, as a tabular. A star: the code had uncommitted changes."""
+        rows = [["Notebook", "Date", "Code revision", "torch", "Device"]]
+        runs = {r["notebook"]: r["provenance"] for r in self.records.values() if "notebook" in r}
+        for name, run in sorted(runs.items()):
+            revision, _, dirty = (run["revision"] or "unknown").partition("-")
+            rows.append([name, run["date"][:10], revision[:10] + ("*" if dirty else ""), run["versions"]["torch"],
+                         run["device"]])
+        return tabular([[latex_escape(cell) for cell in row] for row in rows])
 
 
 def load_results(profile: str, root: Path | str | None = None) -> Results:
@@ -251,6 +267,14 @@ def format_value(record: dict, latex: bool = False) -> str:
     return ("~" if latex else " ").join(part for part in parts if part)
 
 
+def tabular(rows: list[list[str]]) -> str:
+    """Rows of LaTeX cells, the heads first, as a booktabs tabular."""
+    head, *rows = [" & ".join(row) + r" \\" for row in rows]
+    columns = "l" + "r" * head.count(" & ")
+    return "\n".join([rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule", head, r"\midrule", *rows,
+                      r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
 def latex_escape(text: str) -> str:
     """Text in which LaTeX sees no commands."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -270,7 +294,10 @@ def write_latex(profile: str, root: Path | str | None = None,
                   "interval": format_interval(record, latex=True),
                   "n": "" if record.get("n") is None else f"{record['n']:,}"}
         lines += [rf"\dg@set{{{name}}}{{{key}}}{{{text}}}" for name, text in fields.items() if text]
+    lines += [rf"\dg@set{{caption}}{{{name}}}{{{latex_escape(table['caption'])}}}"
+              for name, table in sorted(results.tables.items()) if table["caption"]]
     tables = {out_dir / f"table_{name}.tex": results.latex_table(name) for name in results.tables}
+    tables[out_dir / "table_provenance.tex"] = results.latex_provenance()
     for path, text in tables.items():
         write_if_changed(path, text)
     write_if_changed(out_dir / "numbers.tex", "\n".join([*lines, r"\makeatother", ""]))

@@ -6,7 +6,8 @@ import torch
 from dgutils import edm
 from dgutils.errors import UserError
 
-TINY = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+TINY = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1,
+            attn_resolutions=(4,))  # fmt: skip
 
 
 def tiny(**changes):

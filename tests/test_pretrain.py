@@ -1,0 +1,121 @@
+"""Training of the shipped networks: resumable to the same bits, and cards that describe what is shipped."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from dgutils import checkpoints, pretrain
+from dgutils.errors import UserError
+
+RECIPE = """
+what: a test
+licence: MIT
+dataset: fashion_mnist
+architecture: Denoiser
+config: {img_resolution: 32, img_channels: 1, patch_size: 4, model_channels: 8, channel_mult: [1], num_blocks: 1,
+         attn_resolutions: []}
+training: {images: 48, decay_images: 24, batch_size: 8, learning_rate: 1.0e-2, warmup_steps: 2, weight_decay: 0.0,
+           ema_half_life: 20, horizontal_flip: true, precision: float32, seed: 3, log_every: 2}
+"""
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    folder = tmp_path / "assets"
+    folder.mkdir()
+    (folder / "toy.yaml").write_text(RECIPE)
+    for module in (checkpoints, pretrain):
+        monkeypatch.setattr(module, "ASSETS", folder)
+    monkeypatch.setattr(pretrain, "_evaluate", lambda weights, recipe: {})
+    checkpoints._load.cache_clear()
+    return folder
+
+
+def test_killed_training_goes_on_to_the_same_bits(assets, tmp_path, monkeypatch):
+    whole = pretrain.train_network("toy", tmp_path / "whole")
+    real, calls = pretrain.edm.edm_loss, []
+
+    def dies_at_the_fourth_step(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pretrain.edm, "edm_loss", dies_at_the_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train_network("toy", tmp_path / "killed", save_minutes=0)
+    assert len(calls) == 4
+    resumed = pretrain.train_network("toy", tmp_path / "killed", save_minutes=0)
+    assert len(calls) == 7  # three steps done, three to go
+    assert resumed.read_bytes() == whole.read_bytes()
+    card = json.loads(resumed.with_suffix(".json").read_text())
+    assert card["finished"] and card["images_seen"] == 48
+    assert [row["images"] for row in card["loss_curve"]] == [16, 32, 48]
+
+
+def test_another_recipe_does_not_touch_the_checkpoint(assets, tmp_path):
+    pretrain.train_network("toy", tmp_path / "out")
+    (assets / "toy.yaml").write_text(RECIPE.replace("seed: 3", "seed: 4"))
+    with pytest.raises(UserError, match="another recipe"):
+        pretrain.train_network("toy", tmp_path / "out")
+
+
+def test_goes_on_from_unfinished_shipped_weights(assets, tmp_path):
+    trained = pretrain.train_network("toy", tmp_path / "out")
+    card = json.loads(trained.with_suffix(".json").read_text()) | {"finished": False, "images_seen": 32}
+    (assets / "toy.safetensors").write_bytes(trained.read_bytes())
+    (assets / "toy.json").write_text(json.dumps(card))
+    result = pretrain.train_network("toy", tmp_path / "elsewhere")
+    card = json.loads(result.with_suffix(".json").read_text())
+    assert card["optimizer_restarted_at_images"] == 32 and card["images_seen"] == 48
+    assert result.read_bytes() != trained.read_bytes()
+
+
+def test_learning_rate_warms_up_stays_and_decays():
+    recipe = dict(learning_rate=1.0, warmup_steps=10, decay_images=400, batch_size=10)
+    rates = [pretrain._learning_rate(step, 100, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1
+    assert rates[80] == pytest.approx(0.5) and rates[99] < 0.01
+
+
+def test_diverging_training_stops_with_its_step(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain.edm, "edm_loss", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="step 0: lower learning_rate"):
+        pretrain.train_network("toy", tmp_path / "out")
+
+
+def test_unknown_recipe_lists_those_that_exist(assets):
+    with pytest.raises(UserError, match="there are: toy"):
+        pretrain.load_recipe("tyo")
+
+
+@pytest.mark.parametrize("card", sorted(checkpoints.ASSETS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_weights_match_their_cards_and_recipes(card):
+    content = json.loads(card.read_text())
+    weights = card.with_suffix(".safetensors")
+    assert checkpoints.sha256_of(weights) == content["sha256"]
+    assert content["recipe"] == yaml.safe_load(card.with_suffix(".yaml").read_text())
+    assert content["loss_curve"] and content["train_seconds"] > 0
+    network = (checkpoints.load_denoiser if content["recipe"]["architecture"] == "Denoiser"
+               else checkpoints.load_feature_extractor)(card.stem)  # fmt: skip
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(content["parameters"], rel=1e-3)
+    limit = 12 if content["recipe"]["dataset"] == "fashion_mnist" else 24
+    assert weights.stat().st_size < limit * 2**20
+
+
+def test_altered_weights_are_refused(assets, tmp_path):
+    trained = pretrain.train_network("toy", tmp_path / "out")
+    for path in (trained, trained.with_suffix(".json")):
+        (assets / path.name).write_bytes(path.read_bytes())
+    data = bytearray(trained.read_bytes())
+    data[-1] ^= 1
+    (assets / trained.name).write_bytes(data)
+    with pytest.raises(UserError, match="restore it with"):
+        checkpoints.load_denoiser("toy")
+    (assets / trained.name).write_bytes(b"")
+    with pytest.raises(UserError, match="restore it with"):
+        checkpoints.load_denoiser("toy")
+    with pytest.raises(UserError, match="not a readable safetensors"):
+        checkpoints.read_tensors(assets / trained.name)
