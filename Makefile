@@ -29,7 +29,8 @@ test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 report: .venv/.complete  ## build report/main.pdf from the committed results, or from PROFILE's
 	@sh dgutils/setup.sh tex
 	@$(PY) -m dgutils report $(if $(PROFILE),--profile $(PROFILE))
-	@cd report && latexmk -pdf -interaction=nonstopmode -halt-on-error -silent main.tex
+	@cd report && max_print_line=500 latexmk -pdf -interaction=nonstopmode -halt-on-error -Werror main.tex >main.out 2>&1 \
+		|| { grep -h -A1 -E '^! |Warning: (Citation|Reference).* undefined' main.log || tail main.out; exit 2; } >&2
 	@echo "report/main.pdf"
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it

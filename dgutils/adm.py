@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .edm import GroupNorm
 from .errors import UserError
 
 # The two networks of the published CIFAR-10 discriminator: 47,771,112 and 2,883,841 parameters.
@@ -32,22 +33,6 @@ def timestep_embedding(time, dim):
     freqs = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=time.dtype, device=time.device))
     angles = time[:, None] * freqs  # [N, dim/2]
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # [N, dim]
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm in at least float32, whatever autocast says, with the groups chosen from the width.
-
-    Groups: the largest divisor of `channels` that is at most 32 and leaves 4 channels in a group.  Every
-    published width gets the published 32; 32 channels get 8: a group of one channel would erase its mean.
-    """
-
-    def __init__(self, channels):
-        largest = max(1, min(32, channels // 4))
-        super().__init__(next(g for g in range(largest, 0, -1) if channels % g == 0), channels)
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # also 3x faster than the bfloat16 kernel
-        return super().forward(wide).to(x.dtype)
 
 
 def zero_init(layer):
@@ -79,11 +64,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.down = down
         self.in_layers = nn.Sequential(
-            GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
+            GroupNorm(in_channels, eps=1e-5), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, 2 * out_channels))
         # The Identity keeps the published index of the convolution (a dropout of rate 0 stood there).
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels), nn.SiLU(), nn.Identity(),
+            GroupNorm(out_channels, eps=1e-5), nn.SiLU(), nn.Identity(),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -108,7 +93,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels, head_channels):
         super().__init__()
         self.heads = channels // head_channels
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, eps=1e-5)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
@@ -212,7 +197,7 @@ class EncoderUNet(nn.Module):
             ResBlock(width, width, embedding_dim)])
         positions = self.feature_shape[1] * self.feature_shape[2]
         self.out = nn.Sequential(
-            GroupNorm(width), nn.SiLU(), AttentionPool(positions, width, num_head_channels, out_channels))
+            GroupNorm(width, eps=1e-5), nn.SiLU(), AttentionPool(positions, width, num_head_channels, out_channels))
 
     def features(self, x, vp_time, class_labels=None):
         """Features after the middle block.

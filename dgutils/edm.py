@@ -58,10 +58,11 @@ class GroupNorm(nn.GroupNorm):
     Statistics in float32 (or better) from sums over positions, then one multiply-add in the input's dtype.
     """
 
-    def __init__(self, channels):
-        # At most 32 groups of at least 4 channels; every published width gets the published 32.
-        groups = max(g for g in range(1, min(32, channels // 4) + 1) if channels % g == 0)
-        super().__init__(groups, channels, eps=1e-6)
+    def __init__(self, channels, eps=1e-6):
+        # At most 32 groups of at least 4 channels (a group of one channel would erase its mean); every
+        # published width gets the published 32.
+        largest = max(1, min(32, channels // 4))
+        super().__init__(next(g for g in range(largest, 0, -1) if channels % g == 0), channels, eps)
 
     def forward(self, x):
         if not x.is_contiguous(memory_format=torch.channels_last) or x.is_cuda:

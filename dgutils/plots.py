@@ -375,11 +375,12 @@ def guided_pairs(unguided, guided):
 def guidance_by_step(sigmas, strength, log_ratio: dict, apart, window):
     """Along the trajectory: guidance over the denoiser's own update, log r, distance between the two arms.
 
-    strength, apart: [steps, N]; log_ratio: name -> [steps, N], nan outside the window; window: its (low, high) sigma.
+    strength (a ratio), apart: [steps, N]; log_ratio: name -> [steps, N], nan outside the window, whose lowest and
+    highest sigma are `window`.
     """
     fig, axes = panels(1, 3, 2.1)
-    series = [{"": strength}, log_ratio, {"": apart}]
-    names = ("guidance / update of the score", r"mean $\log r$ (nats)", "arms apart (grey levels)")
+    series = [{"": 100 * strength}, log_ratio, {"": apart}]
+    names = (r"guidance / score's update (%)", r"mean $\log r$ (nats)", "arms apart (grey levels, rms)")
     for ax, arms, name in zip(axes, series, names, strict=True):
         ax.axvspan(*window, color="0.92", lw=0)
         for i, (label, values) in enumerate(arms.items()):

@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,11 +269,16 @@ def format_value(record: dict, latex: bool = False) -> str:
 
 
 def tabular(rows: list[list[str]]) -> str:
-    """Rows of LaTeX cells, the heads first, as a booktabs tabular."""
-    head, *rows = [" & ".join(row) + r" \\" for row in rows]
-    columns = "l" + "r" * head.count(" & ")
-    return "\n".join([rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule", head, r"\midrule", *rows,
-                      r"\bottomrule", r"\end{tabular}"]) + "\n"
+    """Rows of LaTeX cells, the heads first, as a booktabs tabular. Long heads and long labels are broken."""
+    head, *rows = rows
+    head = [r"\shortstack[r]{" + r"\\".join(textwrap.wrap(text, 14, break_long_words=False)) + "}"
+            if len(text) > 14 else text for text in head]
+    labels = "l"
+    if max((len(row[0]) for row in rows), default=0) > 40:
+        labels, rows = "p{1.8in}", [[r"\raggedright " + label, *cells] for label, *cells in rows]
+    head, *rows = [" & ".join(row) + r" \\" for row in (head, *rows)]
+    return "\n".join([rf"\begin{{tabular}}{{@{{}}{labels}{'r' * head.count(' & ')}@{{}}}}", r"\toprule", head,
+                      r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def latex_escape(text: str) -> str:

@@ -53,9 +53,11 @@ find_data() {
     apt_install dataset-fashion-mnist || say 'Fashion-MNIST will be downloaded (or: sudo apt-get install dataset-fashion-mnist)'
 }
 
+# Besides the programs, what report/main.tex loads; a file of each package below is among them.
 have_tex() {
     command -v pdflatex >/dev/null && command -v latexmk >/dev/null \
-        && kpsewhich booktabs.sty natbib.sty microtype.sty lineno.sty times.sty ptmr8t.tfm | wc -l | grep -qw 6
+        && kpsewhich geometry.sty hyperref.sty booktabs.sty natbib.sty plainnat.bst microtype.sty lineno.sty \
+            etoolbox.sty ptmr8t.tfm pcrr8t.tfm | wc -l | grep -qw 10
 }
 
 find_tex() {

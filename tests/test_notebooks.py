@@ -1,0 +1,92 @@
+"""The six notebooks: their sources hold together, and all run at the smoke profile through the user's runner."""
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from dgutils import __main__, results
+from dgutils.jobs import Study
+from dgutils.notebooks import load_profile
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))
+
+
+def parameters(path) -> dict:
+    """Name -> default of the `parameters` cell."""
+    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cells[0].source).body}
+
+
+def test_there_are_six():
+    assert [p.name[:2] for p in SOURCES] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_source_is_clean_and_its_defaults_are_the_quick_profile(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert not any(c.outputs or c.execution_count for c in code)
+    assert "parameters" in code[0].metadata["tags"]
+    assert code[-1].source.rstrip().endswith(f'print("NOTEBOOK COMPLETE: {path.stem}")')
+    quick, defaults = load_profile("quick"), parameters(path)
+    assert set(Study.__dataclass_fields__) <= set(defaults)
+    for name, value in defaults.items():
+        assert quick[name] == value and type(quick[name]) is type(value), name
+    for line in code[0].source.splitlines():
+        assert ": " in line and " = " in line and "  # " in line, line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_profiles_name_themselves_and_known_parameters_only(path):
+    known = set().union(*(parameters(source) for source in SOURCES))
+    values = yaml.safe_load(path.read_text())
+    assert values["profile"] == path.stem and set(values) <= known
+    assert "e-" not in json.dumps([v for v in values.values() if isinstance(v, str)])  # 1e-4 read as text
+
+
+def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
+    """From nothing to results; then again, finding everything and changing no result."""
+    for name in ("notebooks", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
+    assert __main__.main(["reproduce", "--profile", "smoke"]) == 0
+    printed = capfd.readouterr()
+    assert "unguided" in printed.out.lower() and "MISS generate" in printed.out + printed.err
+    written = sorted((tmp_path / "report" / "results" / "smoke").glob("*.json"))
+    assert len(written) == 6
+    for source in SOURCES:
+        assert (tmp_path / "runs" / "smoke" / "notebooks" / source.name).is_file()
+        assert (tmp_path / "runs" / "smoke" / "html" / f"{source.stem}.html").stat().st_size > 10_000
+        figures = list((tmp_path / "figures" / "smoke").glob(f"{source.stem[:2]}_*.pdf"))
+        assert figures and all(f.with_suffix(".png").is_file() for f in figures)
+    before = {path: path.read_bytes() for path in written}
+    figures = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*.p*")}
+    assert __main__.main(["reproduce", "--profile", "smoke"]) == 0
+    again = capfd.readouterr()
+    assert "MISS" not in again.out + again.err
+    assert {path: path.read_bytes() for path in written} == before
+    assert {path: path.read_bytes() for path in figures} == figures
+    arms = results.load_results("smoke").cells("arms")
+    assert len(arms) > 3 and all(cell for row in arms for cell in row[:2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "quik"], "unknown profile quik: there are"),
+        (["--set", "num_stepz=3"], "did you mean num_steps"),
+        (["--set", "num_steps=many"], "must be int"),
+        (["--only", "09"], "no notebook begins with 09"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, message, capsys):
+    assert __main__.main(["reproduce", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
