@@ -17,7 +17,7 @@ help:  ## this list
 	@PYTHON='$(PYTHON)' sh dgutils/setup.sh venv
 	@touch $@
 
-reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, cifar10, paper; ONLY=03; SET="name=value ..."
+reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke; ONLY=03; SET="name=value ..."
 	@sh dgutils/setup.sh data
 	@$(PY) -m dgutils reproduce --profile $(or $(PROFILE),quick) \
 		$(if $(ONLY),--only $(ONLY)) $(foreach pair,$(SET),--set '$(pair)')
@@ -26,12 +26,15 @@ test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data
 	@$(PY) -m pytest $(ARGS)
 
-report: .venv/.complete  ## build report/main.pdf from the committed results, or from PROFILE's
+report: .venv/.complete  ## build report/report.pdf; PROFILE=quick, cifar10 (default: committed results, else your own)
 	@sh dgutils/setup.sh tex
+	@test -n "$(PROFILE)$(wildcard report/results/*/06.json)" || \
+		{ echo "no results yet: running the quick profile first"; $(MAKE) --no-print-directory reproduce; }
 	@$(PY) -m dgutils report $(if $(PROFILE),--profile $(PROFILE))
-	@cd report && max_print_line=500 latexmk -pdf -interaction=nonstopmode -halt-on-error -Werror main.tex >main.out 2>&1 \
-		|| { grep -h -A1 -E '^! |Warning: (Citation|Reference).* undefined' main.log || tail main.out; exit 2; } >&2
-	@echo "report/main.pdf"
+	@cd report && max_print_line=500 latexmk -pdf -jobname=report -interaction=nonstopmode -halt-on-error -Werror main.tex \
+		>report.latexmk 2>&1 || { grep -E '^(! [A-Z]|l\.[0-9])|Warning: (Citation|Reference).* undefined' report.log \
+		|| tail report.latexmk; exit 2; } >&2
+	@echo "report/report.pdf"
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it
 	@sh dgutils/setup.sh data

@@ -21,7 +21,8 @@ def _report(args):
     from .results import write_latex
 
     # The committed study is the report's; a clone that has not got it yet reports what it ran itself.
-    profile = args.profile or next((p for p in ("cifar10", "quick") if results_dir(p).is_dir()), "quick")
+    complete = [p for p in ("cifar10", "quick") if (results_dir(p) / "06.json").is_file()]
+    profile = args.profile or (complete or ["quick"])[0]
     print(f"wrote {write_latex(profile).relative_to(repo_root())} from the results of profile {profile}")
 
 

@@ -193,7 +193,7 @@ def schedule(sigmas, vp_times, guided, num_steps, errors):
         shade = ax.axvspan(steps[guided].min() - 0.5, steps[guided].max() + 0.5, color="0.88", lw=0)
         ax.plot(steps, values, **style(0))
         ax.set(xlabel="step", ylabel=name)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0].set_yscale("log")
     axes[1].legend([shade], ["guided"], loc="lower left", handlelength=1.2)
     axes[2].loglog(num_steps, errors, **style(0), label="Heun")
@@ -286,17 +286,17 @@ def training_curves(histories: dict, chance: float):
 def calibration(reliability: dict, sigmas, bce: dict, error: dict, chance: float):
     """Reliability of one member at some levels, and the members' held-out loss and calibration error by sigma.
 
-    reliability: name -> (probabilities [N], labels [N]), binned here; bce, error: member -> [levels].
+    reliability: name -> (probabilities [N], labels [N]), ten bins of equal count; bce, error: member -> [levels].
     """
     fig, axes = panels(1, 3, 2.35)
     axes[0].plot([0, 1], [0, 1], color="0.55", linewidth=0.8, linestyle=":")
     for i, (name, (probability, labels)) in enumerate(reliability.items()):
-        which = np.minimum((probability * 10).astype(int), 9)
-        count = np.bincount(which, minlength=10)
-        seen = count >= 5  # a mean of fewer says little
-        said, real = (np.bincount(which, v, 10)[seen] / count[seen] for v in (probability, labels))
+        bins = np.array_split(np.argsort(probability, kind="stable"), 10)
+        said, real = ([values[b].mean() for b in bins] for values in (probability, labels))
         axes[0].plot(said, real, **style(i), label=name)
-    axes[0].set(xlabel="said probability of real", ylabel="share that is real", xlim=(0, 1), ylim=(0, 1))
+    everything = np.concatenate([probability for probability, _ in reliability.values()])
+    axes[0].set(xlabel="said probability of real", ylabel="share that is real", ylim=(0, 1.4),
+                xlim=(everything.min() - 0.02, everything.max() + 0.02), yticks=[0, 0.5, 1])  # fmt: skip
     axes[0].legend(loc="upper left", borderaxespad=0.1, handlelength=1.8)
     for ax, values, name in ((axes[1], bce, "held-out loss (nats)"), (axes[2], error, "calibration error")):
         for i, (member, by_level) in enumerate(values.items()):
@@ -363,10 +363,12 @@ def toy_scores(distances: dict, num_steps, errors: dict):
 def guided_pairs(unguided, guided):
     """The same seeds without and with guidance, and their difference (grey: none); uint8 [N, H, W, C] each."""
     n, height, width, _ = unguided.shape
-    difference = np.clip(127.5 + (guided.astype(float) - unguided) / 2, 0, 255).astype(np.uint8)
+    difference = guided.astype(float) - unguided
+    scale = max(1.0, np.quantile(np.abs(difference), 0.999))  # that much is white, or black
+    difference = np.clip(127.5 * (1 + difference / scale), 0, 255).astype(np.uint8)
     fig, ax = panels(1, 1, (TEXT_WIDTH - 0.8) * 3 / n + 0.3)
     mosaic(ax, np.concatenate([unguided, guided, difference]), n)
-    ax.set_yticks(np.arange(3) * (height + 1) + height / 2, ["unguided", "guided", "difference"])
+    ax.set_yticks(np.arange(3) * (height + 1) + height / 2, ["unguided", "guided", f"difference\n($\\pm${scale:.0f})"])
     ax.tick_params(length=0)
     ax.set_xlabel(r"most changed $\longrightarrow$ least changed")
     return fig
