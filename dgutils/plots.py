@@ -332,7 +332,7 @@ def log_ratios(by_level: dict):
 
 def toy_world(points: dict, grid, density):
     """Samples of the 2-D world over contours of the data's density: title -> points [N, 2]; density on grid^2."""
-    fig, axes = panels(1, len(points), TEXT_WIDTH / len(points) + 0.55, sharex=True, sharey=True)
+    fig, axes = panels(1, len(points), TEXT_WIDTH / len(points) + 0.35, sharex=True, sharey=True)
     for ax, (title, xy) in zip(axes, points.items(), strict=True):
         ax.scatter(*xy.T, s=1.2, color=COLOURS[1], alpha=0.55, linewidths=0, rasterized=True)
         ax.contour(grid, grid, density, levels=density.max() * np.array([0.02, 0.15, 0.6]), colors="0.1",

@@ -75,8 +75,13 @@ def test_energy_distance_of_known_laws():
     assert abs(reference(b)) < 0.005  # same law
     # Far apart, 2 E|X-Y| is twice the distance d + 1/d (two normals in the plane); E|X-X'| = sqrt(pi).
     assert reference(b + [50, 0]) == pytest.approx(2 * (50 + 1 / 50) - 2 * np.sqrt(np.pi), abs=0.25)
-    copies = [np.repeat(np.arange(750), 2)]  # every pair of copies must be left out, or the distance is biased
-    assert abs(reference.bootstrap_distances(b, copies)[0]) < 0.01
+
+
+def test_energy_distance_leaves_out_pairs_of_copies():
+    points, reference = np.array([[0.0, 0], [3, 4], [9, 9]]), np.array([[0.0, 0], [0, 2]])
+    across = (2 * (0 + 2) / 2 + (5 + 13**0.5) / 2) / 3  # of points 0, 0, 1, whose only distinct pair is 5 apart
+    expected = 2 * across - 5 - 2
+    assert EnergyReference(reference).bootstrap_distances(points, [[0, 0, 1]])[0] == pytest.approx(expected)
 
 
 def guided(w1, w2, rule="mean_logit"):
