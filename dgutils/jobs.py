@@ -16,8 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoints, datasets, metrics
-from .adm import EncoderUNet
-from .discriminator import Ensemble, MemberConfig, evaluate_logits, train_discriminators
+from .discriminator import Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
 from .errors import UserError
 from .guidance import GuidedDenoiser
 from .noise import PerSampleNoise, karras_sigmas
@@ -214,16 +213,20 @@ class Trained:
         return checkpoints.read_tensors(self.artifact.path / "heads.safetensors")[0]
 
     def ensemble(self, members=None, rule: str = "mean_logit", state: str = "last") -> Ensemble:
-        """Heads `members` (default: all) in their "last" or "best" (lowest validation loss) state."""
+        """Heads `members` (default: all) in a state: "last", "best" (lowest validation loss), or "initial".
+
+        "initial", before any training, is the control: what a push by a network that knows nothing does.
+        """
         members = range(len(self.config.members)) if members is None else members
-        if state not in ("last", "best") or not all(0 <= m < len(self.config.members) for m in members):
-            raise UserError(f"no discriminators {list(members)} in state '{state}': states are last and best, "
+        if state not in ("last", "best", "initial") or not all(0 <= m < len(self.config.members) for m in members):
+            raise UserError(f"no discriminators {list(members)} in state '{state}': states are last, best, initial, "
                             f"members 0 to {len(self.config.members) - 1}")  # fmt: skip
         heads = []
         for m in members:
-            prefix, head = f"{m}.{state}.", EncoderUNet(**self.config.head)
-            head.load_state_dict({k.removeprefix(prefix): v for k, v in self._tensors.items()
-                                  if k.startswith(prefix)})  # fmt: skip
+            prefix, head = f"{m}.{state}.", init_head(self.config.head, self.config.seed, m)
+            if state != "initial":
+                head.load_state_dict({k.removeprefix(prefix): v for k, v in self._tensors.items()
+                                      if k.startswith(prefix)})  # fmt: skip
             heads.append(head)
         return Ensemble(checkpoints.load_feature_extractor(self.config.feature_extractor), heads, rule)
 

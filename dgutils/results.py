@@ -237,11 +237,11 @@ def published(path: Path | str = PUBLISHED) -> dict[str, dict]:
 
 
 def decimals(record: dict) -> int:
-    """Decimals in print: as recorded, or one significant digit of the interval's half width, or three."""
+    """Decimals in print: as recorded, or two significant digits of the interval's half width, or three of the value."""
     if record.get("digits") is not None:
         return record["digits"]
     low, high = record.get("interval") or (0, 0)
-    scale, significant = ((high - low) / 2, 1) if high > low else (abs(record["value"]), 3)
+    scale, significant = ((high - low) / 2, 2) if high > low else (abs(record["value"]), 3)
     return max(0, significant - 1 - math.floor(math.log10(scale))) if scale else 0
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -73,8 +74,12 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     assert "MISS" not in again.out + again.err
     assert {path: path.read_bytes() for path in written} == before
     assert {path: path.read_bytes() for path in figures} == figures
-    arms = results.load_results("smoke").cells("arms")
+    recorded = results.load_results("smoke")
+    arms = recorded.cells("arms")
     assert len(arms) > 3 and all(cell for row in arms for cell in row[:2])
+    text = "".join(path.read_text() for path in (ROOT / "report" / "sections").glob("*.tex"))
+    keys = set(re.findall(r"\\res(?:val|int|n)?\{([^}#]+)\}", text))
+    assert len(keys) > 50 and not keys - set(recorded.records)  # every number that the report prints
 
 
 @pytest.mark.parametrize(
