@@ -237,12 +237,20 @@ def published(path: Path | str = PUBLISHED) -> dict[str, dict]:
 
 
 def decimals(record: dict) -> int:
-    """Decimals in print: as recorded, or two significant digits of the interval's half width, or three of the value."""
+    """Decimals in print: as recorded; else what the interval's half width justifies, or three digits of the value.
+
+    The half width keeps one significant digit, or two if it begins with 1 or 2 (Particle Data Group, section 5.3).
+    """
     if record.get("digits") is not None:
         return record["digits"]
     low, high = record.get("interval") or (0, 0)
-    scale, significant = ((high - low) / 2, 2) if high > low else (abs(record["value"]), 3)
-    return max(0, significant - 1 - math.floor(math.log10(scale))) if scale else 0
+    scale, significant = ((high - low) / 2, 1) if high > low else (abs(record["value"]), 3)
+    if not scale:
+        return 0
+    exponent = math.floor(math.log10(scale))
+    if high > low and scale < 3 * 10**exponent:
+        significant = 2
+    return max(0, significant - 1 - exponent)
 
 
 def format_number(record: dict, latex: bool = False, bound: float | None = None) -> str:
