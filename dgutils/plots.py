@@ -4,6 +4,8 @@ Figures are made for the report's text column, 5.5 in wide, and read in greyscal
 has a line style, a marker or a hatch of its own.
 """
 
+import math
+
 import matplotlib as mpl
 import numpy as np
 from IPython.display import Image
@@ -94,6 +96,15 @@ def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
         ax.set(yticks=range(len(arms)), yticklabels=list(arms), ylim=(len(arms) - 0.5, -0.5))
         ax.set_xlabel(label, linespacing=1)
+        typical = float(np.median([max(abs(i.low), abs(i.high)) for i in arms.values()]))
+        largest = max(abs(i.high) for i in arms.values())
+        if largest > 10 * typical:  # one arm would squeeze the others into a line
+            decades = range(math.ceil(math.log10(typical)), math.ceil(math.log10(largest)) + 1)
+            ticks = [10.0**d for d in decades]
+            ax.set_xscale("symlog", linthresh=ticks[0], linscale=2)
+            ax.set_xticks([-ticks[0], 0, *ticks], [f"{x:g}" for x in (-ticks[0], 0, *ticks)], minor=False)
+            ax.set_xticks([], minor=True)
+            ax.set_xlabel(f"{label}\nlogarithmic beyond {ticks[0]:g}", linespacing=1)
         ax.grid(axis="x")
         ax.set_axisbelow(True)
     return fig
