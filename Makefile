@@ -26,7 +26,7 @@ test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data
 	@$(PY) -m pytest $(ARGS)
 
-report: .venv/.complete  ## build report/report.pdf; PROFILE=quick, cifar10 (default: committed results, else your own)
+report: .venv/.complete  ## build report/report.pdf; PROFILE=quick (default: committed results, else your own)
 	@sh dgutils/setup.sh tex
 	@test -n "$(PROFILE)$(wildcard report/results/*/06.json)" || \
 		{ echo "no results yet: running the quick profile first"; $(MAKE) --no-print-directory reproduce; }

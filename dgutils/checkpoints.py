@@ -63,7 +63,7 @@ def _load(name: str, architecture: str):
     if not path.is_file() or sha256_of(path) != card["sha256"]:
         raise UserError(
             f"{path} is absent or does not match its model card (sha256 {card['sha256'][:12]}): "
-            f"restore it with `git checkout -- {path.parent.name}/{path.name}`"
+            f"restore it with `git checkout -- dgutils/assets/{path.name}`"
         )
     network = {"Denoiser": Denoiser, "EncoderUNet": EncoderUNet}[architecture](**card["recipe"]["config"])
     tensors, _ = read_tensors(path)
