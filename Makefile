@@ -2,11 +2,15 @@
 PROFILE ?=
 ONLY    ?=
 SET     ?=
+NPROC   ?=
+STRICT  ?=
+KEY     ?=
 ARGS    ?=
 
 PY := .venv/bin/python
+SETS = $(if $(SET),--set $(foreach pair,$(SET),'$(pair)'))
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test report lab lint clean
+.PHONY: help reproduce plan fetch rehearse test report trace lab bench doctor lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -17,28 +21,45 @@ help:  ## this list
 	@PYTHON='$(PYTHON)' sh dgutils/setup.sh venv
 	@touch $@
 
-reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke; ONLY=03; SET="name=value ..."
+reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, ...; ONLY=03; SET="name=value ..."; NPROC=8
 	@sh dgutils/setup.sh data
-	@$(PY) -m dgutils reproduce --profile $(or $(PROFILE),quick) \
-		$(if $(ONLY),--only $(ONLY)) $(foreach pair,$(SET),--set '$(pair)')
+	@$(if $(NPROC),$(PY) -m dgutils work --profile $(or $(PROFILE),quick) --nproc $(NPROC) $(SETS))
+	@$(PY) -m dgutils reproduce --profile $(or $(PROFILE),quick) $(if $(ONLY),--only $(ONLY)) $(SETS)
+
+plan: .venv/.complete  ## what PROFILE=quick (default) would compute, download and take; runs nothing
+	@$(PY) -m dgutils plan --profile $(or $(PROFILE),quick)
+
+fetch: .venv/.complete  ## download the weights of PROFILE=paper (default): the only step that needs the network
+	@$(PY) -m dgutils fetch --profile $(or $(PROFILE),paper)
+
+# In a folder of weights of its own, so that no real run ever sees the stand-ins.
+rehearse: .venv/.complete  ## the paper profile at its full architectures, random weights, a handful of images: does it run?
+	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils stand-ins --profile rehearsal
+	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils reproduce --profile rehearsal $(SETS)
 
 test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data
 	@$(PY) -m pytest $(ARGS)
 
-report: .venv/.complete  ## build report/report.pdf; PROFILE=quick (default: committed results, else your own)
+report: .venv/.complete  ## build report/report.pdf; PROFILE=quick (default: committed results, else your own); STRICT=1
 	@sh dgutils/setup.sh tex
 	@test -n "$(PROFILE)$(wildcard report/results/*/06.json)" || \
 		{ echo "no results yet: running the quick profile first"; $(MAKE) --no-print-directory reproduce; }
-	@$(PY) -m dgutils report $(if $(PROFILE),--profile $(PROFILE))
-	@cd report && max_print_line=500 latexmk -pdf -jobname=report -interaction=nonstopmode -halt-on-error -Werror main.tex \
-		>report.latexmk 2>&1 || { grep -E '^(! [A-Z]|l\.[0-9])|Warning: (Citation|Reference).* undefined' report.log \
-		|| tail report.latexmk; exit 2; } >&2
-	@echo "report/report.pdf"
+	@$(PY) -m dgutils report $(if $(PROFILE),--profile $(PROFILE)) $(if $(STRICT),--strict)
+
+trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
+	@$(PY) -m dgutils trace $(KEY) $(if $(PROFILE),--profile $(PROFILE))
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it
 	@sh dgutils/setup.sh data
 	@JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+bench: .venv/.complete  ## measure the claims of speed and memory, write docs/bench.md; nothing else should run meanwhile
+	@$(PY) -m dgutils bench $(ARGS)
+
+# Needs no packages: it says which are missing.
+doctor:  ## is everything here that PROFILE=quick (default) needs?
+	@$$(command -v .venv/bin/python || command -v python3) -m dgutils doctor --profile $(or $(PROFILE),quick)
 
 lint: .venv/.complete  ## ruff
 	@$(PY) -m ruff check .

@@ -7,23 +7,109 @@ from pathlib import Path
 from .errors import UserError
 from .paths import repo_root, results_dir
 
+NOTEBOOKS = "notebooks/profiles/PROFILE.yaml"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as everything else here does."""
+
+    def error(self, message):
+        self.exit(2, f"dgutils: {message} (python -m {self.prog} --help)\n")
+
 
 def _reproduce(args):
     from .notebooks import parse_override, run_profile
     from .results import print_summary
 
-    run_profile(args.profile, args.only, dict(parse_override(text) for text in args.set))
+    run_profile(args.profile, args.only, dict(parse_override(text) for text in args.set), args.cell_timeout)
     if args.only is None:
         print_summary(args.profile)
 
 
-def _report(args):
-    from .results import write_latex
+def _work(args):
+    from .distributed import run_ranks, work
+    from .notebooks import every_parameter, parse_override
 
-    # The committed study is the report's; a clone that has not got it yet reports what it ran itself.
+    overrides = dict(parse_override(text) for text in args.set)
+    if args.nproc is None:
+        work(args.profile, overrides, args.timeout)
+        return
+    every_parameter(args.profile, overrides)  # what is wrong with them is said before any rank starts
+    again = ["-m", "dgutils", "work", "--profile", args.profile, "--timeout", str(args.timeout)]
+    run_ranks(args.nproc, again + ["--set", *args.set] * bool(args.set))
+
+
+def _launch(args):
+    from .distributed import launch
+
+    script = launch(args.profile, args.nodes, args.gpus, args.cpus, args.time, args.sbatch)
+    Path(args.out).write_text(script)
+    print(f"wrote {args.out}; start it with: sbatch {args.out}")
+
+
+def _plan(args):
+    from .plan import show
+
+    show(args.profile)
+
+
+def _fetch(args):
+    from . import weights
+    from .notebooks import every_parameter
+
+    names = args.name or weights.mentioned(every_parameter(args.profile))
+    weights.fetch(names)
+    if not names:
+        print(f"profile {args.profile} needs no file from the network")
+
+
+def _inspect(args):
+    from .inspection import inspect
+
+    for file in args.file:
+        print("\n".join(inspect(Path(file))))
+
+
+def _stand_ins(args):
+    from . import weights
+    from .notebooks import every_parameter
+    from .standins import write_stand_ins
+
+    folder = weights.weights_dir()
+    write_stand_ins(folder, weights.mentioned(every_parameter(args.profile)))
+    print(f"{folder}: random stand-ins for the published weights")
+
+
+def _doctor(args):
+    from .doctor import run
+
+    return run(args.profile)
+
+
+def _report_profile(profile):
+    """The committed study is the report's; a clone that has not got it yet reports what it ran itself."""
     complete = [p for p in ("cifar10", "quick") if (results_dir(p) / "06.json").is_file()]
-    profile = args.profile or (complete or ["quick"])[0]
-    print(f"wrote {write_latex(profile).relative_to(repo_root())} from the results of profile {profile}")
+    return profile or (complete or ["quick"])[0]
+
+
+def _report(args):
+    from .report import build
+
+    path = build(_report_profile(args.profile), args.mode, not args.unmarked, args.strict)
+    print(path.relative_to(repo_root()))
+
+
+def _trace(args):
+    from .results import load_results
+    from .trace import describe
+
+    print(describe(load_results(_report_profile(args.profile)), args.key))
+
+
+def _bench(args):
+    from .bench import run
+
+    run(args.quick, Path(args.out) if args.out else repo_root() / "docs" / "bench.md")
 
 
 def _train(args):
@@ -35,38 +121,78 @@ def _train(args):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dgutils", description=__doc__)
+    parser = _Parser(prog="dgutils", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("reproduce", help="run the notebooks of a profile and print the result table")
-    sub.add_argument("--profile", default="quick", help="notebooks/profiles/PROFILE.yaml [quick]")
+
+    def command(name, run, text, profile=None):
+        sub = commands.add_parser(name, help=text)
+        if profile:
+            sub.add_argument("--profile", default=profile, help=f"{NOTEBOOKS} [{profile}]")
+        sub.set_defaults(run=run)
+        return sub
+
+    overrides = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change a parameter")
+    sub = command("reproduce", _reproduce, "run the notebooks of a profile and print the result table", "quick")
     sub.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names begin so")
-    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change a parameter")
-    sub.set_defaults(run=_reproduce)
-    sub = commands.add_parser("report", help="write the numbers and tables that report/main.tex reads")
-    sub.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
-    sub.set_defaults(run=_report)
-    for command, what in (("train-score", "score network"), ("train-extractor", "feature extractor")):
-        sub = commands.add_parser(command, help=f"train the {what} of a recipe in dgutils/assets; resumes")
+    sub.add_argument("--set", **overrides)
+    sub.add_argument("--cell-timeout", type=int, default=24 * 3600, metavar="S",
+                     help="seconds after which a cell counts as hanging; 0 for none [a day]")  # fmt: skip
+    sub = command("work", _work, "compute what a profile's notebooks will ask for, as one rank or as several", "quick")
+    sub.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine [be one of torchrun's]")
+    sub.add_argument("--timeout", type=float, default=360, metavar="MIN", help="minutes ranks wait for each other")
+    sub.add_argument("--set", **overrides)
+    sub = command("launch", _launch, "write a Slurm script that runs a profile on many nodes", "paper")
+    sub.add_argument("--nodes", type=int, default=1)
+    sub.add_argument("--gpus", type=int, default=8, help="GPUs a node [8]")
+    sub.add_argument("--cpus", type=int, default=8, help="CPU cores a GPU [8]")
+    sub.add_argument("--time", default="24:00:00", help="limit, as Slurm writes it [24:00:00]")
+    sub.add_argument("--sbatch", nargs="+", default=[], metavar="NAME=VALUE", help="more options of sbatch")
+    sub.add_argument("--out", default="dgutils.sbatch", help="the script's file [dgutils.sbatch]")
+    command("plan", _plan, "what a profile would compute, download and take; runs nothing", "quick")
+    sub = command("fetch", _fetch, "download the published weights that a profile needs", "paper")
+    sub.add_argument("name", nargs="*", help="only these files of dgutils/assets/registry.yaml")
+    sub = command("inspect", _inspect, "what a checkpoint file holds; nothing in it is executed")
+    sub.add_argument("file", nargs="+")
+    command("stand-ins", _stand_ins, "write random stand-ins for a profile's published weights to $DGUTILS_WEIGHTS",
+            "rehearsal")  # fmt: skip
+    command("doctor", _doctor, "is everything here that a profile needs?", "quick")
+
+    sub = command("report", _report, "build report/report.pdf from the results of a profile")
+    sub.add_argument("--mode", default="preprint", help="preprint, final or submission [preprint]")
+    sub.add_argument("--unmarked", action="store_true", help="without the margin marks")
+    sub.add_argument("--strict", action="store_true", help="refuse results older than the code that made them")
+    trace = command("trace", _trace, "where a number, figure or table of the report comes from")
+    trace.add_argument("key", help="as in \\res{key}; figure:NN_slug; table:name")
+    for sub in (sub, trace):
+        sub.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
+    sub = command("bench", _bench, "measure the claims of speed: ratios, each within one run")
+    sub.add_argument("--quick", action="store_true", help="small sizes, few repetitions: does it run?")
+    sub.add_argument("--out", help="the table's file [docs/bench.md]")
+    for name, what in (("train-score", "score network"), ("train-extractor", "feature extractor")):
+        sub = command(name, _train, f"train the {what} of a recipe in dgutils/assets; resumes")
         sub.add_argument("name", help="the recipe: dgutils/assets/NAME.yaml")
         sub.add_argument("--out", help="folder of checkpoint and result [runs/networks]")
         sub.add_argument("--threads", type=int, help="CPU threads [all]")
         sub.add_argument("--export", action="store_true", help="only write the weights of the checkpoint so far")
-        sub.set_defaults(run=_train)
     return parser
 
 
 def main(argv=None) -> int:
     """Run a command; a problem that the user can mend is one line on stderr and exit status 2."""
-    args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        args = _parser().parse_args(argv)
+        return args.run(args) or 0
     except UserError as error:
         print(f"dgutils: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"dgutils: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dgutils: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import torch
 
 from .discriminator import EVALUATION, Ensemble, perturb
 from .guidance import grad_log_density_ratio
-from .jobs import Scores, Study, Trained, device
+from .jobs import Scores, Trained, device
 from .metrics import Interval, Resampled
 from .noise import keyed_rng, sigma_to_vp_time, vp_scale, vp_time_to_sigma
 from .results import Recorder
 from .store import Store
+from .study import Study
 
 SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
 GRADIENTS_VERSION = 1  # raise it when the numbers of `member_gradients` change
@@ -93,6 +94,19 @@ def record_scores(recorder: Recorder, key: str, cell: str, scores: Scores, basel
                         **about)  # fmt: skip
     if baseline is not None:
         record_change(recorder, key, cell, scores, baseline)
+
+
+def record_blocks(recorder: Recorder, key: str, cell: str, blocks: list[Scores]) -> None:
+    """FD of every block of seeds, their mean, sample standard deviation (of more than one) and minimum."""
+    values = np.array([scores.fd.value for scores in blocks])
+    about = dict(cell=cell, n=blocks[0].arm.n, digits=2)
+    for number, (value, scores) in enumerate(zip(values, blocks, strict=True), 1):
+        recorder.record(f"{key}.block{number}", value, label=f"FD of {scores.arm.label}", seeds=scores.arm.seeds,
+                        artifacts=[scores.digest], **about)  # fmt: skip
+    for name, value in (("mean", values.mean()), ("min", values.min())):
+        recorder.record(f"{key}.{name}", value, label=f"{name} of FD over {len(values)} blocks", **about)
+    if len(values) > 1:
+        recorder.record(f"{key}.sd", values.std(ddof=1), label=f"SD of FD over {len(values)} blocks", **about)
 
 
 def statement(recorder: Recorder, key: str, subject: str, baseline: str) -> str:

@@ -1,7 +1,10 @@
-"""Weights on disk: the shipped ones with their model cards, read without ever running what a file says."""
+"""Networks from files: the shipped ones with their model cards, the published ones in their authors' formats.
+
+Nothing of a file is run: EDM's pickles go through `unpickle`, state dicts through torch's `weights_only` reader.
+What does not fit is named, with the likely cause.
+"""
 
 import functools
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,16 +13,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import weights
 from .adm import EncoderUNet
 from .edm import Denoiser
 from .errors import UserError
+from .paths import weights_dir
+from .unpickle import Saved, load_weights_only, read_pickle, state_dict
+from .weights import sha256_of
 
 ASSETS = Path(__file__).parent / "assets"
 
+_ARCHITECTURES = {"denoiser": Denoiser, "extractor": EncoderUNet, "discriminator": EncoderUNet}
+# The published SongUNet's own defaults: the value of an option that a file leaves out.
+_SONG_UNET = dict(
+    augment_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], channel_mult_emb=4, num_blocks=4,
+    attn_resolutions=[16], dropout=0.10, label_dropout=0, embedding_type="positional", channel_mult_noise=1,
+    encoder_type="standard", decoder_type="standard", resample_filter=[1, 1],
+)  # fmt: skip
+_CONVERTER = 1  # raised when converted files of earlier versions must be made anew
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+# ---- safetensors -------------------------------------------------------------------------
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -40,23 +54,23 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a readable safetensors file ({error}): restore or delete it") from error
 
 
+# ---- shipped networks --------------------------------------------------------------------
+
+
+def _is_shipped(name: str) -> bool:
+    return (ASSETS / f"{name}.json").is_file()
+
+
 def model_card(name: str) -> dict:
     """The model card `assets/<name>.json` of a shipped network."""
-    path = ASSETS / f"{name}.json"
-    if not path.is_file():
+    if not _is_shipped(name):
         known = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors")))
         raise UserError(f"no shipped network '{name}'; there are: {known or 'none'}")
-    return json.loads(path.read_text())
+    return json.loads((ASSETS / f"{name}.json").read_text())
 
 
-def weights_digest(name: str) -> str:
-    """sha256 of a shipped network's weights: its identity in the store."""
-    return model_card(name)["sha256"]
-
-
-@functools.cache
-def _load(name: str, architecture: str):
-    card = model_card(name)
+def _shipped(name: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    card, architecture = model_card(name), _ARCHITECTURES[kind].__name__
     if card["recipe"]["architecture"] != architecture:
         raise UserError(f"'{name}' is a {card['recipe']['architecture']}, not a {architecture}")
     path = ASSETS / f"{name}.safetensors"
@@ -65,17 +79,192 @@ def _load(name: str, architecture: str):
             f"{path} is absent or does not match its model card (sha256 {card['sha256'][:12]}): "
             f"restore it with `git checkout -- dgutils/assets/{path.name}`"
         )
-    network = {"Denoiser": Denoiser, "EncoderUNet": EncoderUNet}[architecture](**card["recipe"]["config"])
-    tensors, _ = read_tensors(path)
+    return card["recipe"]["config"], read_tensors(path)[0]
+
+
+# ---- published networks ------------------------------------------------------------------
+
+
+def read_edm(path: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
+    """An EDM pickle's `ema` network: config of our Denoiser, tensors as they are, and what else the file says.
+
+    Raises UserError for a file that is refused, or holds another kind of network.
+    """
+    holds = read_pickle(path)
+    ema = holds.get("ema") if type(holds) is dict else None
+    unet = (ema.state.get("_modules") or {}).get("model") if type(ema) is Saved else None
+    if type(unet) is not Saved:
+        raise UserError(f"{path} has no network under 'ema': it is not one of EDM's snapshots")
+    if (ema.class_name, unet.class_name) != ("EDMPrecond", "SongUNet"):
+        raise UserError(f"{path} holds {ema.class_name} around {unet.class_name}; supported is EDMPrecond around "
+                        "SongUNet: choose one of the edm-* files of the registry")
+    options = {k: v for k, v in unet.kwargs.items() if k not in ("img_resolution", "in_channels", "out_channels",
+                                                                 "label_dim")}  # fmt: skip
+    if unknown := sorted(set(options) - set(_SONG_UNET)) or unet.args:
+        raise UserError(f"{path}: its SongUNet has arguments that are unknown here: {list(unknown)}")
+    precond = ("img_resolution", "img_channels", "label_dim", "sigma_data", "sigma_min", "sigma_max")
+    config = {k: ema.state.get(k) for k in precond} | _SONG_UNET | options
+    about = {"network": f"{ema.class_name} around {unet.class_name}", "use_fp16": ema.state.get("use_fp16"),
+             "other_entries": {k: getattr(v, "class_name", type(v).__name__) for k, v in holds.items() if k != "ema"}}
+    try:
+        json.dumps([config, about])
+    except TypeError as error:
+        raise UserError(f"{path}: its network's arguments are not plain numbers and text ({error})") from error
+    return config, state_dict(ema), about
+
+
+def _converted(entry: weights.Published, path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Config and float32 tensors of an EDM pickle; converted once, and again when the pickle has changed."""
+    cached, manifest = weights_dir() / "converted" / f"{entry.name}.safetensors", {}
+    source = {"source": path.name, "sha256": sha256_of(path), "converter": _CONVERTER}
+    if cached.is_file():
+        tensors, metadata = read_tensors(cached)
+        manifest = json.loads(metadata.get("manifest", "{}"))
+    if {key: manifest.get(key) for key in source} != source:
+        config, tensors, about = read_edm(path)
+        tensors, manifest = {k: v.float() for k, v in tensors.items()}, source | {"config": config} | about
+        try:
+            cached.parent.mkdir(exist_ok=True)
+            own = cached.with_name(f"{entry.name}.{os.getpid()}")  # several processes may convert at once
+            write_tensors(own, tensors, {"manifest": json.dumps(manifest)})
+            os.replace(own, cached)
+        except OSError as error:
+            raise UserError(f"cannot write {cached} ({error.strerror}): set DGUTILS_WEIGHTS to a folder where you can; "
+                            "links to the files will do") from error
+    if differing := [f"{k} is {manifest['config'].get(k)}, not {v}" for k, v in entry.config.items()
+                     if manifest["config"].get(k) != v]:  # fmt: skip
+        raise UserError(f"{path} is not the {entry.what}: {'; '.join(differing)}{_likely(tensors)}")
+    return manifest["config"], tensors
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .pt file. Raises UserError if it is refused, unreadable or more than a state dict."""
+    try:
+        found = load_weights_only(path)
+    except UserError as error:
+        raise UserError(f"{path} refused: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        holds = f"a dict of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else type(found).__name__
+        raise UserError(f"{path} is not a state dict but {holds}: a training checkpoint? save its network's "
+                        "state_dict() alone")
+    return found
+
+
+def _shapes(kind: str, config: dict) -> dict[str, tuple]:
+    """Names and shapes of a network's tensors, found without allocating it."""
+    with torch.device("meta"):
+        return {k: tuple(v.shape) for k, v in _ARCHITECTURES[kind](**config).state_dict().items()}
+
+
+def fitting(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The published networks that have tensors of just these names and shapes, for any number of classes."""
+
+    def compared(shapes):
+        return {k: shape[1:] if k == "label_emb.weight" else tuple(shape) for k, shape in shapes.items()}
+
+    found = compared({k: v.shape for k, v in tensors.items()})
+    return [e.name for e in weights.registry().values() if e.config and compared(_shapes(e.kind, e.config)) == found]
+
+
+def _likely(tensors: dict[str, torch.Tensor]) -> str:
+    """The likely cause of a misfit, to end its message with."""
+    if tensors and all(key.startswith("module.") for key in tensors):
+        return "; its keys begin with 'module.', as DataParallel saves them: save network.module.state_dict()"
+    if names := fitting(tensors):
+        what = weights.published(names[0]).what
+        return f"; it has the structure of {' or '.join(names)} ({what}): was one file put in the other's place?"
+    return "; it fits no network of the registry: get the file again"
+
+
+def _check(entry: weights.Published, path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise UserError naming the first keys that are missing, superfluous or of another shape."""
+    expected = _shapes(entry.kind, config)
+    wrong = [f"{k} is {list(v.shape)}, not {list(expected[k])}" for k, v in tensors.items()
+             if tuple(v.shape) != expected.get(k, tuple(v.shape))]  # fmt: skip
+    faults = [("lacks", sorted(expected.keys() - tensors)), ("has", sorted(tensors.keys() - expected)), ("its", wrong)]
+    if found := [f"{verb} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")
+                 for verb, keys in faults if keys]:  # fmt: skip
+        raise UserError(f"{path} is not the {entry.what}: it {', '.join(found)}{_likely(tensors)}")
+
+
+def _published(name: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    entry = _entry(name)
+    if entry.kind != kind:
+        raise UserError(f"'{name}' is no {kind} but: {entry.what}")
+    path = weights.find(name)
+    if kind == "denoiser":
+        config, tensors = _converted(entry, path)
+    else:
+        config, tensors = entry.config, read_state_dict(path)
+        if config.get("num_classes") and "label_emb.weight" in tensors:  # of how many classes, the file says
+            config = config | {"num_classes": len(tensors["label_emb.weight"])}
+    _check(entry, path, config, tensors)
+    weights.record(name)
+    return config, tensors
+
+
+# ---- either ------------------------------------------------------------------------------
+
+
+def _entry(name: str) -> weights.Published:
+    """The registry's entry of a network that is not shipped. Raises UserError, naming all networks there are."""
+    networks = {e.name: e for e in weights.registry().values() if e.config}
+    if name not in networks:
+        shipped = sorted(p.stem for p in ASSETS.glob("*.safetensors"))
+        raise UserError(f"no network '{name}'; shipped: {', '.join(shipped)}; published: {', '.join(networks)}")
+    return networks[name]
+
+
+@functools.cache
+def _load(name: str, kind: str):
+    config, tensors = (_shipped if _is_shipped(name) else _published)(name, kind)
+    network = _ARCHITECTURES[kind](**config)
     network.load_state_dict({key: value.float() for key, value in tensors.items()})
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_denoiser(name: str) -> Denoiser:
-    """The shipped score network `name`, frozen, float32. Raises UserError if absent or altered."""
-    return _load(name, "Denoiser")
+    """The score network `name`, shipped or published, frozen, float32.
+
+    Raises UserError if it is absent, altered, refused or another network.
+    """
+    return _load(name, "denoiser")
 
 
 def load_feature_extractor(name: str) -> EncoderUNet:
-    """The shipped noise-conditional feature extractor `name`, frozen, float32. Raises UserError likewise."""
-    return _load(name, "EncoderUNet")
+    """The noise-conditional feature extractor `name`, frozen, float32. Raises UserError likewise."""
+    return _load(name, "extractor")
+
+
+def load_discriminator(name: str) -> EncoderUNet:
+    """The published discriminator `name`: its head, frozen, float32. Raises UserError likewise.
+
+    A class-conditional head has `label_emb`; its extractor and clock are those of the image size.
+    """
+    return _load(name, "discriminator")
+
+
+def clock(name: str) -> str:
+    """By which schedule the extractor `name` reads VP time: "linear" or "cosine" (noise.vp_to_cosine_time)."""
+    return "linear" if _is_shipped(name) else _entry(name).clock
+
+
+def network_config(name: str) -> dict:
+    """The options of the network `name`, without its file. Raises UserError for an unknown name."""
+    return model_card(name)["recipe"]["config"] if _is_shipped(name) else _entry(name).config
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of the images of the score network `name`, without its file."""
+    config = network_config(name)
+    return config["img_channels"], config["img_resolution"], config["img_resolution"]
+
+
+def weights_digest(name: str) -> str:
+    """sha256 of the file that the network `name` comes from, its identity in the store; "absent" without the file.
+
+    Nothing can be made from an absent file, so that no artifact has that identity, but it can be planned.
+    """
+    if _is_shipped(name):
+        return model_card(name)["sha256"]
+    return sha256_of(weights.find(name)) if _entry(name).path.is_file() else "absent"

@@ -30,6 +30,7 @@ CLASS_NAMES = {
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     ),
 }  # fmt: skip
+TEST_IMAGES = 10000  # of either dataset
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -117,17 +118,20 @@ def dataset_digest(name: str, split: str) -> str:
     return CHECKSUMS[name, split]
 
 
-def split_indices(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Train, validation and test indices: 80/10/10, stratified over `labels`, shuffled by `seed`.
+def split_indices(labels: np.ndarray, seed: int, held_out_every: int = 10) -> list[np.ndarray]:
+    """Train, validation and test indices, stratified over `labels`, shuffled by `seed`; 10 gives 80/10/10.
 
-    Within each label the order is shuffled; of all images, label by label, every ninth and tenth of ten are
-    held out, so that sizes depend on the number of images alone and classes stay in proportion.
+    Within each label the order is shuffled; of all images, label by label, the last two of every
+    `held_out_every` validate and test, so that sizes depend on the number of images alone and classes stay in
+    proportion. Raises UserError for held_out_every < 3.
     """
+    if held_out_every < 3:
+        raise UserError(f"held_out_every {held_out_every}: of at least 3 images, one trains, one validates, one tests")
     shuffled = [
         keyed_rng(seed, i).permutation(np.flatnonzero(labels == label)) for i, label in enumerate(np.unique(labels))
     ]
-    order, place = np.concatenate(shuffled), np.arange(len(labels)) % 10
-    return [np.sort(order[part]) for part in (place < 8, place == 8, place == 9)]
+    order, place = np.concatenate(shuffled), np.arange(len(labels)) % held_out_every - held_out_every  # -k ... -1
+    return [np.sort(order[part]) for part in (place < -2, place == -2, place == -1)]
 
 
 def to_network(images: np.ndarray):

@@ -16,7 +16,7 @@ from torch import nn
 
 from .adm import EncoderUNet
 from .errors import UserError
-from .noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma
+from .noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma, vp_to_cosine_time
 
 # Third word of the random key: which use a stream serves (0 is the sampler's, see noise.PerSampleNoise).
 TRAINING, INITIALISATION, VALIDATION, EVALUATION = 1, 2, 3, 4
@@ -62,27 +62,43 @@ RULES = {
 # --- Discriminators ----------------------------------------------------------------------------------------
 
 
-class Ensemble(nn.Module):
-    """Heads over one shared extractor, combined by a rule of RULES. Freezes the networks it is given."""
+# How networks that were trained on another noise schedule read the VP time.
+CLOCKS = {"linear": lambda vp_time: vp_time, "cosine": vp_to_cosine_time}
 
-    def __init__(self, extractor, heads, rule):
+
+class Ensemble(nn.Module):
+    """Heads over one shared extractor, combined by a rule of RULES. Freezes the networks it is given.
+
+    clock: a name of CLOCKS, how extractor and heads read the VP time.
+    """
+
+    def __init__(self, extractor, heads, rule, clock="linear"):
         super().__init__()
         if rule not in RULES:
             raise UserError(f"unknown combination rule {rule!r}: choose one of {', '.join(RULES)}")
         if not heads:
             raise UserError("an ensemble needs at least one discriminator head")
-        self.extractor, self.heads, self.rule = extractor, nn.ModuleList(heads), rule
+        self.extractor, self.heads, self.rule, self.clock = extractor, nn.ModuleList(heads), rule, CLOCKS[clock]
         self.eval().requires_grad_(False)
 
-    def logits(self, x_vp, vp_time):
-        """Members' logits [M, N] at VP-scaled images x_vp [N, C, H, W] and VP time (scalar or [N])."""
-        features = self.extractor.features(x_vp, vp_time)  # [N,F,h,w]
-        logits = torch.stack([head(features, vp_time)[:, 0] for head in self.heads])
+    @property
+    def conditional(self) -> bool:
+        """Whether the heads ask for class labels."""
+        return hasattr(self.heads[0], "label_emb")
+
+    def logits(self, x_vp, vp_time, class_labels=None):
+        """Members' logits [M, N] at VP-scaled images x_vp [N, C, H, W] and VP time (scalar or [N]).
+
+        class_labels: int64 [N], for class-conditional heads; the extractor knows no classes.
+        """
+        time = self.clock(torch.as_tensor(vp_time))
+        features = self.extractor.features(x_vp, time)  # [N,F,h,w]
+        logits = torch.stack([head(features, time, class_labels)[:, 0] for head in self.heads])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast leaves bfloat16
 
-    def log_density_ratio(self, x_vp, vp_time):
+    def log_density_ratio(self, x_vp, vp_time, class_labels=None):
         """Combined log p_data / p_model [N], in nats; arguments as in `logits`."""
-        return RULES[self.rule](self.logits(x_vp, vp_time))
+        return RULES[self.rule](self.logits(x_vp, vp_time, class_labels))
 
 
 class Discriminator(Ensemble):

@@ -1,7 +1,7 @@
-"""The EDM denoiser: DDPM++ U-Net (Song et al. 2021) with EDM preconditioning (Karras et al. 2022, table 1).
+"""The EDM denoiser: DDPM++ or NCSN++ U-Net (Song et al. 2021) with EDM preconditioning (Karras et al. 2022, table 1).
 
-One class at every scale: `CIFAR10_UNCOND_VP` below is the published CIFAR-10 network, the shipped small ones
-are other arguments of it. Parameter names follow NVlabs' release, so that its weights load unchanged.
+One class at every scale: `assets/registry.yaml` has the arguments of NVIDIA's networks, the shipped small ones are
+others. Parameter names follow NVlabs' release, so that its weights load unchanged.
 """
 
 import math
@@ -11,12 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from .errors import UserError
-
-# NVIDIA's edm-cifar10-32x32-uncond-vp: 55.7 M parameters.
-CIFAR10_UNCOND_VP = dict(
-    img_resolution=32, img_channels=3, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4,
-    attn_resolutions=(16,), dropout=0.13, augment_dim=9,
-)  # fmt: skip
 
 
 def _xavier_uniform(shape, fan_in, fan_out, gain=1.0):
@@ -33,22 +27,48 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Module):
-    """Same-size convolution, optionally after doubling or halving the resolution with a box filter."""
+    """Same-size convolution, optionally after doubling or halving the resolution; kernel 0 only resamples.
 
-    def __init__(self, fan_in, fan_out, kernel, up=False, down=False, gain=1.0):
+    resample_filter: [1, 1], a box, or [1, 3, 3, 1], applied along both axes. fused: convolve before the filter
+    when halving, as NCSN++'s residual encoder does, which differs at the border.
+    """
+
+    def __init__(self, fan_in, fan_out, kernel, up=False, down=False, gain=1.0, resample_filter=(1, 1), fused=False):
         super().__init__()
         area = kernel * kernel
-        self.weight = _xavier_uniform((fan_out, fan_in, kernel, kernel), fan_in * area, fan_out * area, gain)
-        self.bias = nn.Parameter(torch.zeros(fan_out))
-        self.up, self.down = up, down
-        if up or down:  # the published files carry the [1, 1] filter; kept so that state dicts match
-            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+        self.weight = self.bias = None
+        if kernel:
+            self.weight = _xavier_uniform((fan_out, fan_in, kernel, kernel), fan_in * area, fan_out * area, gain)
+            self.bias = nn.Parameter(torch.zeros(fan_out))
+        self.up, self.down, self.fused = up, down, fused
+        self.box = tuple(resample_filter) == (1, 1)
+        if up or down:
+            taps = torch.tensor(resample_filter, dtype=torch.float32)
+            self.register_buffer("resample_filter", taps.outer(taps)[None, None] / taps.sum() ** 2)
+
+    def _halve(self, x, padding):
+        if self.box:
+            return F.avg_pool2d(x, 2)
+        taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, taps, stride=2, padding=padding, groups=x.shape[1])
+
+    def _double(self, x):
+        if self.box:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        taps = 4 * self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv_transpose2d(x, taps, stride=2, padding=(taps.shape[-1] - 1) // 2, groups=x.shape[1])
 
     def forward(self, x):
+        reach = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0  # 0 for the box
+        if self.fused:
+            return self._halve(F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2 + reach),
+                               0) + self.bias[:, None, None].to(x.dtype)
         if self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = self._double(x)
         if self.down:
-            x = F.avg_pool2d(x, 2)
+            x = self._halve(x, reach)
+        if self.weight is None:
+            return x
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
@@ -84,15 +104,17 @@ class UNetBlock(nn.Module):
     Both sums are scaled by 1/sqrt(2), which keeps the variance (Song et al. 2021, appendix H).
     """
 
-    def __init__(self, fan_in, fan_out, emb, up=False, down=False, attention=False, dropout=0.0):
+    def __init__(self, fan_in, fan_out, emb, up=False, down=False, attention=False, dropout=0.0,
+                 resample_filter=(1, 1)):  # fmt: skip
         super().__init__()
         self.in_channels, self.out_channels, self.dropout = fan_in, fan_out, dropout
+        resample = dict(up=up, down=down, resample_filter=resample_filter)
         self.norm0 = GroupNorm(fan_in)
-        self.conv0 = Conv2d(fan_in, fan_out, 3, up, down)
+        self.conv0 = Conv2d(fan_in, fan_out, 3, **resample)
         self.affine = Linear(emb, fan_out)
         self.norm1 = GroupNorm(fan_out)
         self.conv1 = Conv2d(fan_out, fan_out, 3, gain=1e-5)
-        self.skip = Conv2d(fan_in, fan_out, 1, up, down) if fan_in != fan_out or up or down else None
+        self.skip = Conv2d(fan_in, fan_out, 1, **resample) if fan_in != fan_out or up or down else None
         self.attention = attention
         if attention:
             self.norm2 = GroupNorm(fan_out)
@@ -127,38 +149,66 @@ class PositionalEmbedding(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class SongUNet(nn.Module):
-    """DDPM++: encoder and decoder of residual blocks with skip connections, attention where asked.
+class FourierEmbedding(nn.Module):
+    """Sines and cosines of the noise label at `channels / 2` random frequencies, drawn once and kept (NCSN++)."""
 
-    Input and output [N, channels, R, R]; `noise_label` is c_noise, [N].
+    def __init__(self, channels, scale=16):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, label):
+        angle = label[:, None] * (2 * math.pi * self.freqs.to(label.dtype))
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class SongUNet(nn.Module):
+    """DDPM++ and NCSN++: encoder and decoder of residual blocks with skip connections, attention where asked.
+
+    Input and output [N, channels, R, R]; `noise_label` is c_noise, [N]; class_labels one-hot [N, label_dim].
+    embedding_type "positional" or "fourier"; encoder_type "standard", or feeds the downsampled image to every
+    level by "skip" or "residual" sums; decoder_type "standard", or sums images of every level, "skip".
+    Raises UserError for another name.
     """
 
     def __init__(self, img_resolution, channels, label_dim=0, augment_dim=0, model_channels=128,
-                 channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.0):  # fmt: skip
+                 channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.0,
+                 label_dropout=0.0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
+                 decoder_type="standard", resample_filter=(1, 1)):  # fmt: skip
         super().__init__()
-        emb = 4 * model_channels
+        for value, known in ((embedding_type, EMBEDDINGS), (encoder_type, ENCODERS), (decoder_type, DECODERS)):
+            if value not in known:
+                raise UserError(f"SongUNet: '{value}' is none of {', '.join(known)}")
+        emb, noise = channel_mult_emb * model_channels, channel_mult_noise * model_channels
         widths = [model_channels * m for m in channel_mult]
         resolutions = [img_resolution >> level for level in range(len(widths))]
-        self.map_noise = PositionalEmbedding(model_channels)
-        self.map_label = Linear(label_dim, model_channels) if label_dim else None
+        self.label_dropout = label_dropout
+        self.map_noise = EMBEDDINGS[embedding_type](noise)
+        self.map_label = Linear(label_dim, noise) if label_dim else None
         # Augmentation labels are zero when sampling; the layer is here because the published weights hold it.
-        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, emb)
+        self.map_augment = Linear(augment_dim, noise, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(noise, emb)
         self.map_layer1 = Linear(emb, emb)
 
+        def block(fan_in, fan_out, **options):
+            return UNetBlock(fan_in, fan_out, emb, dropout=dropout, resample_filter=resample_filter, **options)
+
         self.enc = nn.ModuleDict()
-        width, skips = model_channels, []
+        width, image, skips = model_channels, channels, []  # image: channels of the image that is handed down
         for level, (res, out) in enumerate(zip(resolutions, widths, strict=True)):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = Conv2d(channels, width, 3)
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, emb, down=True, dropout=dropout)
+                self.enc[f"{res}x{res}_down"] = block(width, width, down=True)
+                down = dict(down=True, resample_filter=resample_filter)
+                if encoder_type == "skip":
+                    self.enc[f"{res}x{res}_aux_down"] = Conv2d(image, image, 0, **down)
+                    self.enc[f"{res}x{res}_aux_skip"] = Conv2d(image, width, 1)
+                if encoder_type == "residual":
+                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(image, width, 3, fused=True, **down)
+                    image = width
             skips.append(width)
             for idx in range(num_blocks):
-                attention = res in attn_resolutions
-                self.enc[f"{res}x{res}_block{idx}"] = UNetBlock(
-                    width, out, emb, attention=attention, dropout=dropout
-                )
+                self.enc[f"{res}x{res}_block{idx}"] = block(width, out, attention=res in attn_resolutions)
                 width = out
                 skips.append(width)
 
@@ -166,35 +216,56 @@ class SongUNet(nn.Module):
         for level in reversed(range(len(widths))):
             res, out = resolutions[level], widths[level]
             if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(width, width, emb, attention=True, dropout=dropout)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, emb, dropout=dropout)
+                self.dec[f"{res}x{res}_in0"] = block(width, width, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(width, width)
             else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, emb, up=True, dropout=dropout)
+                self.dec[f"{res}x{res}_up"] = block(width, width, up=True)
             for idx in range(num_blocks + 1):
                 attention = idx == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{idx}"] = UNetBlock(
-                    width + skips.pop(), out, emb, attention=attention, dropout=dropout
-                )
+                self.dec[f"{res}x{res}_block{idx}"] = block(width + skips.pop(), out, attention=attention)
                 width = out
-        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = GroupNorm(width)
-        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
+            if decoder_type == "skip" and level < len(widths) - 1:
+                up = dict(up=True, resample_filter=resample_filter)
+                self.dec[f"{res}x{res}_aux_up"] = Conv2d(channels, channels, 0, **up)
+            if decoder_type == "skip" or level == 0:
+                self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(width)
+                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
 
     def forward(self, x, noise_label, class_labels=None):
         emb = self.map_noise(noise_label)
         if self.map_label is not None:
+            if self.training and self.label_dropout:
+                kept = torch.rand(len(x), 1, device=x.device) >= self.label_dropout
+                class_labels = class_labels * kept.to(class_labels.dtype)
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-        skips = []
-        for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-            skips.append(x)
-        *blocks, norm, conv = self.dec.values()
-        for block in blocks:
-            if x.shape[1] != block.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb)
-        return conv(F.silu(norm(x)))
+        skips, image = [], x
+        for name, block in self.enc.items():
+            if name.endswith("aux_down"):
+                image = block(image)
+            elif name.endswith("aux_skip"):
+                x = skips[-1] = x + block(image)
+            elif name.endswith("aux_residual"):
+                x = skips[-1] = image = (x + block(image)) * math.sqrt(0.5)
+            else:
+                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+                skips.append(x)
+        total = 0
+        for name, block in self.dec.items():
+            if name.endswith("aux_up"):
+                total = block(total)
+            elif name.endswith("aux_norm"):
+                normed = block(x)
+            elif name.endswith("aux_conv"):
+                total = total + block(F.silu(normed))
+            else:
+                x = block(x if x.shape[1] == block.in_channels else torch.cat([x, skips.pop()], dim=1), emb)
+        return total
+
+
+EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
+ENCODERS, DECODERS = ("standard", "skip", "residual"), ("standard", "skip")
 
 
 class Denoiser(nn.Module):
@@ -202,13 +273,16 @@ class Denoiser(nn.Module):
 
     EDM eq. 7: D = c_skip x + c_out F(c_in x; c_noise). `patch_size` 2 runs F on the pixel-unshuffled image,
     a quarter of the positions with four times the channels, about twice as efficient on a CPU; 1 is published.
+    sigma_min, sigma_max: the noise levels that the network supports, for the sampler.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, patch_size=1, **unet):
+    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, patch_size=1, sigma_min=0.0,
+                 sigma_max=math.inf, **unet):  # fmt: skip
         super().__init__()
         if img_resolution % patch_size:
             raise UserError(f"Denoiser: image size {img_resolution} is not divisible by patch_size {patch_size}")
         self.shape = (img_channels, img_resolution, img_resolution)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.label_dim, self.sigma_data, self.patch_size = label_dim, sigma_data, patch_size
         self.model = SongUNet(img_resolution // patch_size, img_channels * patch_size**2, label_dim, **unet)
 
@@ -229,6 +303,10 @@ class Denoiser(nn.Module):
         patches = F.pixel_unshuffle(c_in * x, self.patch_size)
         residual = F.pixel_shuffle(self.model(patches, c_noise, class_labels).to(dtype), self.patch_size)
         return c_skip * x + c_out * residual
+
+    def round_sigma(self, sigma):
+        """The supported noise level nearest to sigma: EDM's preconditioning knows all of them."""
+        return sigma
 
 
 def edm_loss(denoiser, images, log_sigma_normal, noise, p_mean=-1.2, p_std=1.2):

@@ -7,29 +7,33 @@ change, and only then (tests/test_jobs.py fails when numbers change and the vers
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from . import checkpoints, datasets, metrics
+from . import checkpoints, datasets, distributed, metrics
+from .adm import EncoderUNet
 from .discriminator import Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
 from .errors import UserError
 from .guidance import GuidedDenoiser
-from .noise import PerSampleNoise, karras_sigmas
+from .noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from .paths import runs_dir
-from .sampler import edm_sampler, network_denoiser
-from .store import Artifact, ShardedSet, Store, digest_of_json
+from .sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fit_sigmas, network_denoiser
+from .store import Artifact, ShardedSet, Store, digest_of_json, log_line
 
-VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "evaluate": 1}
+VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
+FEATURE_SHARD = 1000  # images whose features are one file, at most
 
 
-def open_store(profile: str) -> Store:
+def open_store(profile: str, dry: bool = False) -> Store:
     """The artifacts of a profile, under runs/<profile>/store. Results of different profiles never mix."""
-    return Store(runs_dir(profile) / "store")
+    return Store(runs_dir(profile) / "store", (lambda line: None) if dry else log_line, dry)
 
 
 def device() -> torch.device:
@@ -51,7 +55,12 @@ def resolve_precision(precision: str) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn: the network, EDM's schedule (table 2 of the study), and the fixed batch layout."""
+    """How images are drawn: the network, EDM's schedule (table 2 of the study), and the fixed batch layout.
+
+    sampler: "heun" (EDM), or "ancestral" (DDPM, on VP times: the schedule's other numbers are not used).
+    s_max: None for no limit. conditional: every image has a class, a function of its seed.
+    cfg_network: the unconditional network of classifier-free guidance, of weight cfg_weight; "" for none.
+    """
 
     score_network: str
     num_steps: int = 18
@@ -61,13 +70,50 @@ class Sampling:
     batch_size: int = 125
     shard_size: int = 250
     precision: str = "auto"
+    sampler: str = "heun"
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float | None = None
+    s_noise: float = 1.0
+    conditional: bool = False
+    cfg_network: str = ""
+    cfg_weight: float = 1.0
+
+    def __post_init__(self):
+        if self.sampler not in ("heun", "ancestral"):
+            raise UserError(f"unknown sampler '{self.sampler}': choose heun or ancestral")
+        if self.shard_size % self.batch_size:
+            raise UserError(f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
+        if self.cfg_network and not self.conditional:
+            raise UserError("classifier-free guidance needs conditional sampling: set conditional")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Discriminators whose weights are published, for a `Guidance` in the place of trained ones."""
+
+    feature_extractor: str
+    discriminators: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        names = (self.feature_extractor, *self.discriminators)
+        return digest_of_json([checkpoints.weights_digest(name) for name in names])
+
+    def ensemble(self, members, rule: str, state: str) -> Ensemble:
+        """Heads `members` on their extractor; they have one state only, "last"."""
+        if state != "last":
+            raise UserError(f"published discriminators have no state '{state}'")
+        heads = [checkpoints.load_discriminator(self.discriminators[m]) for m in members]
+        return Ensemble(checkpoints.load_feature_extractor(self.feature_extractor), heads, rule,
+                        checkpoints.clock(self.feature_extractor))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Which discriminators guide, how they are combined, and how strongly (table 2)."""
 
-    discriminators: "Trained"
+    discriminators: "Trained | Published"
     members: tuple[int, ...]
     rule: str = "mean_logit"
     state: str = "last"
@@ -76,6 +122,7 @@ class Guidance:
     time_min: float = 0.01
     time_max: float = 1.0
     boosting: str = "none"
+    log_ratio: str = "logit"
 
     def config(self) -> dict:
         """What tells two guidances apart, without the discriminators, whose digest is an input."""
@@ -104,25 +151,39 @@ class ImageSet:
         return range(self.rows.first_seed, self.rows.first_seed + self.n)
 
 
-def make_denoiser(sampling: Sampling, guidance: Guidance | None = None):
-    """The sampler's callable for a config: the score network, guided or not."""
+def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()):
+    """The sampler's callable for a config: the score network, guided or not. seeds: whose classes, if conditional."""
     precision = resolve_precision(sampling.precision)
-    denoise = network_denoiser(checkpoints.load_denoiser(sampling.score_network).to(device()), precision)
+    network = checkpoints.load_denoiser(sampling.score_network).to(device())
+    labels = one_hot = None
+    if sampling.conditional:
+        if not network.label_dim:
+            raise UserError(f"'{sampling.score_network}' knows no classes: choose a class-conditional network")
+        labels = class_labels(seeds, network.label_dim).to(device())
+        one_hot = torch.nn.functional.one_hot(labels, network.label_dim).float()
+    denoise = network_denoiser(network, precision, one_hot)
+    if sampling.cfg_network:
+        unconditional = checkpoints.load_denoiser(sampling.cfg_network).to(device())
+        denoise = classifier_free_denoiser(denoise, network_denoiser(unconditional, precision), sampling.cfg_weight)
     if guidance is None:
         return denoise
     ensemble = guidance.discriminators.ensemble(guidance.members, guidance.rule, guidance.state).to(device())
-    return GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order,
-                          guidance.time_min, guidance.time_max, guidance.boosting, precision)  # fmt: skip
+    return GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order, guidance.time_min,
+                          guidance.time_max, guidance.boosting, precision, guidance.log_ratio,
+                          labels if ensemble.conditional else None)  # fmt: skip
 
 
 def sample(sampling: Sampling, seeds, guidance: Guidance | None = None) -> torch.Tensor:
     """Images of these seeds, [N, C, H, W] in [-1, 1], in one batch. Nothing is stored."""
-    denoise = make_denoiser(sampling, guidance)
-    shape = checkpoints.load_denoiser(sampling.score_network).shape
-    sigmas = karras_sigmas(sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
-    noise = PerSampleNoise(seeds, shape, device())
-    churn = denoise.churn(len(noise.seeds), device()) if guidance and guidance.boosting != "none" else 0.0
-    return edm_sampler(denoise, noise, sigmas, churn)
+    denoise = make_denoiser(sampling, guidance, seeds)
+    network = checkpoints.load_denoiser(sampling.score_network)
+    noise = PerSampleNoise(seeds, network.shape, device())
+    if sampling.sampler == "ancestral":
+        return ancestral_sampler(denoise, noise, vp_sigmas(sampling.num_steps))
+    sigmas = fit_sigmas(karras_sigmas(sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho), network)
+    return edm_sampler(denoise, noise, sigmas, sampling.s_churn, sampling.s_min,
+                       math.inf if sampling.s_max is None else sampling.s_max, sampling.s_noise,
+                       denoise.churn if guidance else None, network.round_sigma)  # fmt: skip
 
 
 def generate(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guidance: Guidance | None = None,
@@ -131,11 +192,11 @@ def generate(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guid
 
     Raises UserError for n < 1, unknown networks, or images that stop being finite.
     """
-    if sampling.shard_size % sampling.batch_size:
-        raise UserError(f"shard_size {sampling.shard_size} is not a multiple of batch_size {sampling.batch_size}")
     sampling = replace(sampling, precision=resolve_precision(sampling.precision))
     config = dataclasses.asdict(sampling) | {"guidance": guidance.config() if guidance else None}
     inputs = {"score_network": checkpoints.weights_digest(sampling.score_network)}
+    if sampling.cfg_network:
+        inputs["cfg_network"] = checkpoints.weights_digest(sampling.cfg_network)
     if guidance:
         inputs["discriminators"] = guidance.discriminators.digest
     artifact = store.artifact("generate", VERSIONS["generate"], config, inputs, label)
@@ -165,11 +226,13 @@ class Training:
     seed: int = 0
     sequential: bool = False
     precision: str = "auto"
+    held_out_every: int = 10
 
 
 def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_head_channels: int) -> dict:
     """Arguments of the shallow head on an extractor's features: one level, attention, one output (DG)."""
-    channels, size, _ = checkpoints.load_feature_extractor(feature_extractor).feature_shape
+    with torch.device("meta"):  # its shapes, without its file
+        channels, size, _ = EncoderUNet(**checkpoints.network_config(feature_extractor)).feature_shape
     return dict(
         image_size=size, in_channels=channels, model_channels=width, out_channels=1,
         num_res_blocks=num_res_blocks, attention_resolutions=[1], channel_mult=[1],
@@ -237,13 +300,13 @@ class Trained:
 
 
 def splits(training: Training, fakes: ImageSet) -> list[Split]:
-    """Train, validation and test parts (80/10/10) of as many real as generated images, stratified, seeded."""
+    """Train, validation and test parts of as many real as generated images, stratified, seeded."""
     real, labels = datasets.load_dataset(training.dataset, "train")
     n = training.num_real
     if n != fakes.n or n > len(real) or n < 10:
         raise UserError(f"{n} real and {fakes.n} generated images: give as many of each, from 10 to {len(real)}")
-    real_parts = datasets.split_indices(labels[:n], training.seed)
-    fake_parts = datasets.split_indices(np.full(n, -1), training.seed)
+    real_parts = datasets.split_indices(labels[:n], training.seed, training.held_out_every)
+    fake_parts = datasets.split_indices(np.full(n, -1), training.seed, training.held_out_every)
     return [
         Split(np.concatenate([real[r], fakes.images[f]]), np.repeat([1, 0], [len(r), len(f)]))
         for r, f in zip(real_parts, fake_parts, strict=True)
@@ -259,17 +322,16 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
         "feature_extractor": checkpoints.weights_digest(training.feature_extractor),
     }
     artifact = store.artifact("train", VERSIONS["train"], dataclasses.asdict(training), inputs, label)
-    partial = store.root / "partial" / f"train-{artifact.digest[:16]}.safetensors"
 
     def checkpoint(tensors, info):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_tensors(partial, tensors, {"info": json.dumps(info)})
+        state = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
+        store.save_partial(artifact.name, json.dumps(info).encode() + b"\n" + state)
 
     def make(folder: Path):
         resume = None
-        if partial.is_file():
-            tensors, metadata = checkpoints.read_tensors(partial)
-            resume = tensors, json.loads(metadata["info"])
+        if saved := store.load_partial(artifact.name):
+            info, _, tensors = saved.partition(b"\n")
+            resume = safetensors.torch.load(tensors), json.loads(info)
         learn, validate, _ = splits(training, fakes)
         extractor = checkpoints.load_feature_extractor(training.feature_extractor).to(device())
         done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
@@ -292,7 +354,7 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
         return {"seed": training.seed}
 
     artifact.compute(make)
-    partial.unlink(missing_ok=True)
+    store.drop_partial(artifact.name)
     return Trained(training, fakes, artifact)
 
 
@@ -359,28 +421,56 @@ def space_name(space: str) -> str:
     return metrics.metric_name(space) if known else f"FD ({space} features)"
 
 
+def _feature_inputs(images: ImageSet | RealSet, space: str) -> dict[str, str]:
+    """What an image set's features in a space are made from: the extractor of a published space is in its name."""
+    return {"images": images.digest} | (
+        {} if space.startswith("efficientnet") else {"feature_extractor": checkpoints.weights_digest(space)})
+
+
+def encode(images: np.ndarray, space: str) -> np.ndarray:
+    """Features float32 [n, d] of images uint8 [n, H, W, C] in `space`; see `features`."""
+    if space == "inception" or space.startswith("efficientnet"):
+        return metrics.image_features(images, space, device=str(device()))
+    return metrics.extract(images, _extractor_features(space), 250, device=device())
+
+
+def feature_rows(store: Store, images: ImageSet | RealSet, space: str) -> ShardedSet:
+    """Where the features of an image set are stored, in shards of equally many images, at most FEATURE_SHARD."""
+    artifact = store.artifact("features", VERSIONS["features"], {"space": space}, _feature_inputs(images, space),
+                              f"{images.label}, {space}")  # fmt: skip
+    return artifact.shards(math.ceil(images.n / math.ceil(images.n / FEATURE_SHARD)))
+
+
 def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray:
-    """Features float32 [n, d] in `space`: "efficientnet-lite0@128", "inception", or a shipped extractor."""
-    inputs = {"images": images.digest}
-    own = not (space == "inception" or space.startswith("efficientnet"))
-    if own:
-        inputs["feature_extractor"] = checkpoints.weights_digest(space)
-    artifact = store.artifact("features", VERSIONS["features"], {"space": space}, inputs, f"{images.label}, {space}")
+    """Features float32 [n, d] in `space`: "efficientnet-lite0@128", "inception", or an extractor's name.
+
+    Made in shards, so that ranks share them and a kill costs one.
+    """
+    source = replace(images)  # a copy, whose pixels go when the features are there
+
+    def compute_shard(rows):
+        values = encode(source.images[rows.start : rows.stop], space)
+        return {"features": np.pad(values, ((0, len(rows) - len(values)), (0, 0)))}  # the last shard may want a few
+
+    return feature_rows(store, images, space).ensure(images.n, compute_shard).load(images.n, "features")
+
+
+def statistics(store: Store, images: ImageSet | RealSet, space: str) -> metrics.FeatureStats:
+    """Mean and covariance of a set's features, in float64; of torchrun's ranks each sums its share of the rows."""
+    artifact = store.artifact("statistics", VERSIONS["statistics"], {"space": space}, _feature_inputs(images, space),
+                              f"{images.label}, {space}")  # fmt: skip
 
     def make(folder):
-        with tqdm(total=images.n, desc=f"{images.label}, {space}", unit=" images") as bar:
+        x, ranks = features(store, images, space), distributed.group()
+        rows = x[ranks.slice(len(x))]
+        stats = metrics.FeatureStats(rows if len(rows) else None).all_reduce(x.shape[1], ranks.sum)
+        np.savez(folder / "statistics.npz", n=stats.n, mean=stats.mean, scatter=stats.scatter)
 
-            def progress(done, total):
-                bar.update(done - bar.n)
-
-            if own:
-                values = metrics.extract(images.images, _extractor_features(space), 250, progress, device())
-            else:
-                values = metrics.image_features(images.images, space, progress=progress, device=str(device()))
-        np.save(folder / "features.npy", values)
-
-    path = artifact.compute(make).path / "features.npy"
-    return np.load(path, allow_pickle=False)
+    path = distributed.group().compute(artifact, make).path / "statistics.npz"
+    stats = metrics.FeatureStats()
+    with np.load(path, allow_pickle=False) as stored:
+        stats.n, stats.mean, stats.scatter = int(stored["n"]), stored["mean"], stored["scatter"]
+    return stats
 
 
 @dataclass(frozen=True)
@@ -415,123 +505,14 @@ def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: s
 
     def make(folder):
         x, real = features(store, arm, space), features(store, reference, space)
-        record = {"manifold": metrics.precision_recall(real, x) | metrics.density_coverage(real, x)}
-        for name, distance in (("fd", metrics.FrechetReference(real)), ("kid", metrics.KernelReference(real))):
-            resampled = metrics.resample(distance, x, num_resamples, seed)
+        frechet = metrics.FrechetReference(statistics(store, reference, space))
+        fd = metrics.resample(frechet, x, num_resamples, seed)
+        pairs = metrics.PairReference(real, device=device()).compare(x, num_resamples, seed)
+        record = {"manifold": pairs.manifold}
+        for name, resampled in (("fd", fd), ("kid", pairs.kid)):
             record[name] = {"value": resampled.value, "draws": resampled.draws.tolist()}
         (folder / "scores.json").write_text(json.dumps(record))
 
     record = json.loads((artifact.compute(make).path / "scores.json").read_text())
     fd, kid = (metrics.Resampled(record[k]["value"], np.array(record[k]["draws"])) for k in ("fd", "kid"))
     return Scores(arm, space, artifact.digest, fd, kid, record["manifold"])
-
-
-# ---- the study ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Study:
-    """What the six notebooks share: one profile's data, networks, tables 1 and 2, and sizes.
-
-    Its fields are the parameters of the notebooks' first cell, one for one. Everything else follows from
-    them: a notebook asks for `fakes`, `trained`, an `arm` or its `scores`, and what exists is found.
-    """
-
-    profile: str
-    dataset: str
-    score_network: str
-    feature_extractor: str
-    feature_spaces: list
-    precision: str
-    num_steps: int
-    sigma_min: float
-    sigma_max: float
-    rho: float
-    dg_weight_1st_order: float
-    dg_weight_2nd_order: float
-    time_min: float
-    time_max: float
-    boosting: str
-    batch_size: int
-    shard_size: int
-    num_fake: int
-    num_eval: int
-    eval_seed: int
-    num_reference: int
-    num_resamples: int
-    member_names: list
-    learning_rates: list
-    weight_decays: list
-    epochs: list
-    min_times: list
-    epoch_scale: float
-    discriminator_batch_size: int
-    training_seed: int
-    head_width: int
-    head_blocks: int
-    head_channels: int
-
-    @classmethod
-    def from_parameters(cls, namespace: dict) -> "Study":
-        """The study that a notebook's parameters describe: `Study.from_parameters(globals())`."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        if missing := [name for name in names if name not in namespace]:
-            raise UserError(f"parameters missing from the notebook's first cell: {', '.join(missing)}")
-        return cls(**{name: namespace[name] for name in names})
-
-    @cached_property
-    def store(self) -> Store:
-        return open_store(self.profile)
-
-    @property
-    def sampling(self) -> Sampling:
-        """Table 2's schedule, unguided."""
-        return Sampling(self.score_network, self.num_steps, self.sigma_min, self.sigma_max, self.rho,
-                        self.batch_size, self.shard_size, self.precision)  # fmt: skip
-
-    @cached_property
-    def fakes(self) -> ImageSet:
-        """The generated images that discriminators learn from: seeds 0 ... num_fake - 1, unguided."""
-        return generate(self.store, self.sampling, self.num_fake, label="fake set")
-
-    def training(self, **changes) -> Training:
-        """Table 1 with this profile's epoch_scale; `changes` replaces Study fields (epoch_scale=..., ...)."""
-        s = replace(self, **changes)
-        members = scaled_members(s.member_names, s.learning_rates, s.weight_decays, s.epochs, s.min_times,
-                                 s.epoch_scale)  # fmt: skip
-        head = head_config(s.feature_extractor, s.head_width, s.head_blocks, s.head_channels)
-        return Training(s.dataset, s.feature_extractor, head, members, s.num_fake, s.discriminator_batch_size,
-                        s.training_seed, precision=s.precision)  # fmt: skip
-
-    @cached_property
-    def trained(self) -> Trained:
-        """The six discriminators of table 1, trained on `fakes` against as many real images."""
-        return train(self.store, self.training(), self.fakes, "six discriminators")
-
-    def guidance(self, members=(0,), rule: str = "mean_logit", **changes) -> Guidance:
-        """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
-        settings = dict(
-            discriminators=self.trained, members=tuple(members), rule=rule,
-            weight_1st_order=self.dg_weight_1st_order, weight_2nd_order=self.dg_weight_2nd_order,
-            time_min=self.time_min, time_max=self.time_max, boosting=self.boosting,
-        )  # fmt: skip
-        return Guidance(**(settings | changes))
-
-    def arm(self, label: str, guidance: Guidance | None = None, n: int | None = None, **sampling) -> ImageSet:
-        """The evaluation images of one arm: the same seeds in every arm. `sampling` replaces Sampling fields."""
-        config = replace(self.sampling, **sampling)
-        return generate(self.store, config, n or self.num_eval, self.eval_seed, guidance, label)
-
-    @property
-    def reference(self) -> RealSet:
-        """The real images that arms are scored against: test images, which no network was trained on."""
-        return RealSet(self.dataset, "test", self.num_reference)
-
-    @property
-    def floor(self) -> RealSet:
-        """As many other real images as an arm has: what a perfect sampler would score at this n."""
-        return RealSet(self.dataset, "test", self.num_eval, start=self.num_reference)
-
-    def scores(self, arm: ImageSet | RealSet, space: str | None = None) -> Scores:
-        """Scores of an arm in a feature space (default: the first of `feature_spaces`)."""
-        return evaluate(self.store, arm, self.reference, space or self.feature_spaces[0], self.num_resamples)

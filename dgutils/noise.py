@@ -6,6 +6,8 @@ Two clocks describe the same noise. EDM measures it by `sigma`, the standard dev
 sampler lost noise levels to float32 and returned NaN (FACTS, section 5).
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -46,6 +48,26 @@ def vp_time_to_sigma(vp_time: torch.Tensor) -> torch.Tensor:
     return torch.expm1(BETA_MIN * vp_time + 0.5 * (BETA_MAX - BETA_MIN) * vp_time**2).sqrt()
 
 
+def vp_sigmas(num_steps: int) -> torch.Tensor:
+    """Noise levels at the VP times 1, 1 - 1/N, ..., 1/N, then 0: DDPM's steps. Float64 [num_steps + 1].
+
+    Raises UserError unless num_steps >= 1.
+    """
+    if num_steps < 1:
+        raise UserError(f"vp_sigmas: num_steps={num_steps}: needs at least 1")
+    return vp_time_to_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64))
+
+
+def vp_to_cosine_time(vp_time: torch.Tensor) -> torch.Tensor:
+    """The time at which the cosine schedule (Nichol & Dhariwal 2021, eq. 17, s = 0.008) is as noisy as VP at vp_time.
+
+    The published 64 x 64 extractor was trained on that schedule, and keeps its clock.
+    """
+    s = 0.008
+    mean = vp_scale(vp_time_to_sigma(vp_time))  # sqrt of alpha-bar
+    return (1 + s) * 2 / math.pi * torch.arccos(mean * math.cos(s / (1 + s) * math.pi / 2)) - s
+
+
 def vp_scale(sigma: torch.Tensor) -> torch.Tensor:
     """Mean scale of the VP process at noise level `sigma`: x_vp = x / sqrt(1 + sigma^2)."""
     return (1 + sigma**2).rsqrt()
@@ -66,6 +88,12 @@ def keyed_rng(seed: int, *key: int) -> np.random.Generator:
     """A random generator that is a pure function of (seed, *key): counter-based Philox, up to three keys."""
     counter = [0, *key, *[0] * (3 - len(key))]  # word 0 counts the draws, the others hold the key
     return np.random.Generator(np.random.Philox(key=seed, counter=counter))
+
+
+def class_labels(seeds, num_classes: int) -> torch.Tensor:
+    """A uniform class for each image, int64 [N], a function of its seed alone."""
+    draws = [keyed_rng(int(seed), 0, 1).integers(num_classes) for seed in seeds]
+    return torch.tensor(draws, dtype=torch.int64)
 
 
 class PerSampleNoise:

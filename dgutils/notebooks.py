@@ -16,14 +16,16 @@ import yaml
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from nbclient.exceptions import CellTimeoutError
 from nbconvert import HTMLExporter
 from traitlets import default
 
 from .errors import UserError
 from .paths import repo_root, runs_dir
-from .store import disk_errors
+from .store import FULL_DISK, disk_errors, lock, log_line
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
+CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang
 
 logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters typed `a | b`, checked below
 
@@ -112,7 +114,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def load_profile(profile: str) -> dict[str, Any]:
-    """The parameters of notebooks/profiles/<profile>.yaml."""
+    """The parameters of notebooks/profiles/<profile>.yaml, over those of the profile that its `base` names."""
     folder = repo_root() / "notebooks" / "profiles"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if profile not in known:
@@ -123,7 +125,31 @@ def load_profile(profile: str) -> dict[str, Any]:
         raise UserError(f"{folder / profile}.yaml is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{folder / profile}.yaml must hold lines `name: value`")
-    return values
+    base = values.pop("base", None)
+    return (load_profile(base) if base else {}) | values
+
+
+def every_parameter(profile: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All parameters that the notebooks have between them: their defaults, under the profile's, under the overrides."""
+    values, overrides, declared, defaults = load_profile(profile), dict(overrides or {}), {}, {}
+    for source in sorted((repo_root() / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        declared |= declared_parameters(source)
+        for cell in nbformat.read(source, as_version=4).cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                defaults |= {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
+    check_parameters(values, declared, f"profile {profile}")
+    check_parameters(overrides, declared, "--set")
+    return defaults | values | overrides | {"profile": profile}
+
+
+def parameters(profile: str) -> dict[str, Any]:
+    """All parameters of a profile: the notebooks' defaults, overridden by the profile's values."""
+    defaults = {}
+    for path in sorted((repo_root() / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                defaults |= {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
+    return defaults | load_profile(profile)
 
 
 # --- execution
@@ -133,12 +159,16 @@ def last_line(text: object) -> str:
     return (str(text).strip().splitlines() or [""])[-1]
 
 
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
 def why_incomplete(notebook: nbformat.NotebookNode, name: str) -> str | None:
     """Why an executed notebook does not count as done; None if it does.
 
     Papermill's own verdict won't do: sys.exit(0) in a cell, which skips the rest, is success to it.
     """
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    cells = code_cells(notebook)
     for number, cell in enumerate(cells, 1):
         for output in cell.outputs:
             if output.output_type == "error":
@@ -157,49 +187,60 @@ def write_html(executed: Path, target: Path) -> None:
     target.write_text(body)
 
 
-def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path) -> Path:
+def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_timeout: int = CELL_TIMEOUT) -> Path:
     """Execute one notebook with these parameters; out_dir/notebooks/<name>.ipynb appears when it is complete.
 
-    Cells run in the repository's root, in this interpreter, their output shown as it comes. A failure is kept
-    as <name>.failed.ipynb and raised as a UserError; what an earlier run completed stays.
+    Cells run in the repository's root, in this interpreter, their output shown as it comes, each for at most
+    `cell_timeout` seconds (0: for ever). A failure is kept as <name>.failed.ipynb and raised as a UserError;
+    what an earlier run completed stays. Of two runs of one notebook the second waits for the first.
     """
     name = source.stem
     done = out_dir / "notebooks" / f"{name}.ipynb"
     temporary, failed = done.with_name(f".{name[:2]}.tmp.ipynb"), done.with_name(f"{name}.failed.ipynb")
     html = out_dir / "html" / f"{name}.html"
-    with disk_errors(out_dir):
+    with disk_errors(out_dir), lock(out_dir / "locks" / f"{name}.lock", True, log_line):
         for path in (temporary, html):
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(source.read_bytes())
-    problem = None
-    try:
-        papermill.execute_notebook(
-            source, temporary, dict(values), cwd=repo_root(), kernel_name="python3", language="python",
-            kernel_manager_class=ThisPython, stdout_file=sys.stdout, stderr_file=sys.stderr,
-            progress_bar=False,  # the cells' own say more
-            coalesce_streams=True,  # and leave their last state in the notebook, not every one
-        )
-    except papermill.PapermillExecutionError:
-        pass  # the notebook shows the cell and its error
-    except Exception as error:  # a dead kernel, a full disk: whatever it is, the notebook is not done
-        problem = f"{type(error).__name__}: {last_line(error)}"
-    problem = problem or why_incomplete(nbformat.read(temporary, as_version=4), name)
-    if problem:
-        os.replace(temporary, failed)
-        raise UserError(f"notebook {name} failed: {problem} (see {failed})")
-    os.replace(temporary, done)
-    failed.unlink(missing_ok=True)
-    write_html(done, html)
+        problem = None
+        try:
+            papermill.execute_notebook(
+                source, temporary, dict(values), cwd=repo_root(), kernel_name="python3", language="python",
+                kernel_manager_class=ThisPython, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                execution_timeout=cell_timeout,
+                progress_bar=False,  # the cells' own say more
+                coalesce_streams=True,  # and leave their last state in the notebook, not every one
+            )
+        except papermill.PapermillExecutionError:
+            pass  # the notebook shows the cell and its error
+        except CellTimeoutError:
+            problem = f"not done after {cell_timeout} s; unless it hangs, raise --cell-timeout (what is done is kept)"
+        except Exception as error:  # a dead kernel: whatever it is, the notebook is not done
+            if getattr(error, "errno", None) in FULL_DISK:
+                raise  # the copy of the notebook is cut short, too
+            problem = f"{type(error).__name__}: {last_line(error)}"
+        executed = nbformat.read(temporary, as_version=4)
+        started = sum(bool(cell.metadata.get("papermill", {}).get("start_time")) for cell in code_cells(executed))
+        if problem:
+            problem = f"code cell {started}: {problem}"
+        if problem := problem or why_incomplete(executed, name):
+            os.replace(temporary, failed)
+            raise UserError(f"notebook {name} failed: {problem} (see {failed})")
+        os.replace(temporary, done)
+        failed.unlink(missing_ok=True)
+        write_html(done, html)
     return done
 
 
 def run_profile(profile: str, only: str | Iterable[str] | None = None,
-                overrides: Mapping[str, Any] | None = None) -> dict[str, float]:
+                overrides: Mapping[str, Any] | None = None, cell_timeout: int = CELL_TIMEOUT) -> dict[str, float]:
     """Run all notebooks, or those whose names begin with `only`, in order. Returns name -> seconds.
 
     Each notebook gets what it declares of the profile's values and the overrides. The value of `profile` is
-    always the YAML file's name, so that results of different profiles never mix.
+    always the YAML file's name, so that results of different profiles never mix. cell_timeout: `run_notebook`.
     """
+    if cell_timeout < 0:
+        raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
     values, overrides = load_profile(profile), dict(overrides or {})
     folder = repo_root() / "notebooks"
     sources = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
@@ -220,7 +261,8 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None,
     for number, source in enumerate(selected, 1):
         print(f"[{number}/{len(selected)}] {source.stem}", flush=True)
         start = time.monotonic()
-        run_notebook(source, {k: v for k, v in values.items() if k in declared[source]}, runs_dir(profile))
+        run_notebook(source, {k: v for k, v in values.items() if k in declared[source]}, runs_dir(profile),
+                     cell_timeout)
         seconds[source.stem] = time.monotonic() - start
     print("\n".join(f"{name:<30} {duration:7.1f} s" for name, duration in seconds.items()), flush=True)
     return seconds

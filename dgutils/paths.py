@@ -29,3 +29,9 @@ def results_dir(profile: str) -> Path:
 def figures_dir(profile: str) -> Path:
     """Figures, each named for the notebook that made it."""
     return repo_root() / "figures" / profile
+
+
+def weights_dir() -> Path:
+    """Published weights: $DGUTILS_WEIGHTS, or a folder of the user's cache, which all clones share."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DGUTILS_WEIGHTS") or cache / "dgutils" / "weights").expanduser().absolute()

@@ -28,7 +28,7 @@ def load_recipe(name: str) -> dict:
     """The recipe `assets/<name>.yaml`. Raises UserError, naming those that exist, if there is none."""
     path = ASSETS / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in ASSETS.glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in ASSETS.glob("*.yaml") if p.stem != "registry"))
         raise UserError(f"no recipe '{name}' in {ASSETS.name}; there are: {known}")
     return yaml.safe_load(path.read_text())
 

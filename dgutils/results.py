@@ -1,44 +1,29 @@
 """Result records: every number the report prints, with what is needed to believe it, and how it is printed.
 
-A notebook records its numbers under keys, at full precision, in
-report/results/<profile>/<NN>.json (`Recorder`).
-Published numbers stand in report/published.csv. From both come the LaTeX commands and tables of the report
-(`write_latex`), the tables of the notebooks (`Results.markdown`) and the summary of a run (`print_summary`).
+A notebook records its numbers under keys, at full precision, in report/results/<profile>/<NN>.json (`Recorder`).
+Published numbers stand in report/published.csv. From both come the numbers and tables of the report
+(dgutils/report.py), the tables of the notebooks (`Results.markdown`) and the summary of a run (`print_summary`).
 """
 
 import csv
 import json
 import math
 import re
-import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dgutils import trace
 from dgutils.errors import UserError
-from dgutils.paths import repo_root, results_dir
-from dgutils.store import disk_errors, now, provenance, write_file
+from dgutils.paths import figures_dir, results_dir
+from dgutils.store import digest_of_file, disk_errors, now, provenance, write_file
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "report" / "published.csv"
 SUMMARY = ("arms", "arms_second", "rules")  # tables of notebooks 04 and 06
 KEY = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
-
-LATEX_COMMANDS = r"""% Written by dgutils.results.write_latex from the results of one profile; edits are lost.
-% \res{key}: value, interval and unit; \resval: the value; \resint: the interval; \resn: the sample count;
-% \rescaption{table}: a table's caption.
-\makeatletter
-\newcommand{\dgprofile}{@PROFILE@}
-\newcommand{\dg@set}[3]{\expandafter\def\csname dg@#1@#2\endcsname{#3}}
-\newcommand{\dg@get}[2]{\ifcsname dg@#1@#2\endcsname\csname dg@#1@#2\endcsname\else
-  \PackageError{dgutils}{No #1 of result '#2' in profile \dgprofile}{Record it, or mend the key.}\fi}
-\DeclareRobustCommand{\res}[1]{\dg@get{text}{#1}}
-\DeclareRobustCommand{\resval}[1]{\dg@get{value}{#1}}
-\DeclareRobustCommand{\resint}[1]{\dg@get{interval}{#1}}
-\DeclareRobustCommand{\resn}[1]{\dg@get{n}{#1}}
-\DeclareRobustCommand{\rescaption}[1]{\dg@get{caption}{#1}}
-"""
 
 
 def results_folder(profile: str, root: Path | str | None) -> Path:
@@ -86,10 +71,10 @@ class Recorder:
             "n": n, "seeds": seeds, "artifacts": artifacts or [], "digits": digits}
 
     def settings(self, study: Any) -> None:
-        """Record the parameters of a run (the dataclass jobs.Study) under settings.<name>; lists are left out."""
+        """Record the parameters of a run (the dataclass study.Study) under settings.<name>, lists as their items."""
         for name, value in vars(study).items():
-            if isinstance(value, int | float | str):
-                self.record(f"settings.{name}", f"{value:g}" if isinstance(value, float) else value,
+            if isinstance(value, int | float | str | list):
+                self.record(f"settings.{name}", value if type(value) is int else setting_text(value),
                             label=f"parameter {name}", cell="parameters")
 
     def table(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> None:
@@ -106,14 +91,33 @@ class Recorder:
         return Results(self.profile, published() | self.records, self.tables)
 
     def write(self) -> Path:
-        """Write the file. If it holds these results already it stays: dates change only with results."""
-        content = {"profile": self.profile, "notebook": self.notebook, "records": self.records,
-                   "tables": self.tables}
+        """Write the file, with the code and the artifacts behind its records, and the digests of its figures.
+
+        If it holds these results already it stays: dates change only with results or code.
+        """
+        cells = trace.sections(self.notebook)
+        figures = sorted(figures_dir(self.profile).glob(f"{self.notebook[:2]}_*.pdf"))
+        content = {
+            "profile": self.profile, "notebook": self.notebook, "records": self.records,
+            "tables": {name: table | {"cell": trace.section_of(name, cells)} for name, table in self.tables.items()},
+            "figures": {path.stem: {"cell": cell, "sha256": digest_of_file(path)} for path in figures
+                        if (cell := trace.section_of(path.stem, cells))},
+            "code": trace.fingerprint(self.notebook),
+        }  # fmt: skip
         content = json.loads(json.dumps(content, allow_nan=False))
         old = read_results(self.path) if self.path.exists() else {}
         if any(old.get(part) != content[part] for part in content):
-            write_if_changed(self.path, to_json(content | {"provenance": {"date": now()} | provenance()}))
+            digests = {digest for record in self.records.values() for digest in record["artifacts"]}
+            content |= {"provenance": {"date": now()} | provenance(), "lineage": trace.lineage(self.profile, digests)}
+            write_if_changed(self.path, to_json(content))
         return self.path
+
+
+def setting_text(value: Any) -> str:
+    """A parameter in print: '0.0003', 'none', '60, 40, 40'."""
+    if isinstance(value, list):
+        return ", ".join(map(setting_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def number(value: Any, key: str) -> float | int | str:
@@ -144,10 +148,26 @@ def write_if_changed(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Results:
-    """What a profile's notebooks recorded, and the published numbers. `records[key]` names its notebook."""
+    """What a profile's notebooks recorded, and the published numbers.
+
+    records, tables, figures: by key or name; each names its notebook. runs: notebook -> its provenance, code and
+    lineage. lineage: that of all notebooks (`trace.lineage`).
+    """
     profile: str
     records: dict[str, dict]
     tables: dict[str, dict]
+    figures: dict[str, dict] = field(default_factory=dict)
+    runs: dict[str, dict] = field(default_factory=dict)
+
+    @cached_property
+    def lineage(self) -> dict[str, dict]:
+        return {digest: entry for run in self.runs.values() for digest, entry in run["lineage"].items()}
+
+    @property
+    def watermark(self) -> str:
+        """What every page of a report made from these results must say; '' only if the profile itself says so."""
+        record = self.records.get("settings.watermark")
+        return str(record["value"]) if record else self.profile
 
     def __getitem__(self, key: str) -> dict:
         """The record of a key. Raises UserError if there is none."""
@@ -176,20 +196,6 @@ class Results:
                  for row in cells]
         return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
-    def latex_table(self, name: str) -> str:
-        """A table as a booktabs tabular; its caption and float belong to the text."""
-        return tabular(self.cells(name, latex=True))
-
-    def latex_provenance(self) -> str:
-        """Which run of each notebook these results are, as a tabular. A star: the code had uncommitted changes."""
-        rows = [["Notebook", "Date", "Code revision", "torch", "Device"]]
-        runs = {r["notebook"]: r["provenance"] for r in self.records.values() if "notebook" in r}
-        for name, run in sorted(runs.items()):
-            revision, _, dirty = (run["revision"] or "unknown").partition("-")
-            rows.append([name, run["date"][:10], revision[:10] + ("*" if dirty else ""), run["versions"]["torch"],
-                         run["device"]])
-        return tabular([[latex_escape(cell) for cell in row] for row in rows])
-
 
 def load_results(profile: str, root: Path | str | None = None) -> Results:
     """Every record of a profile. Raises UserError if there are none, or if a file is another profile's."""
@@ -197,18 +203,19 @@ def load_results(profile: str, root: Path | str | None = None) -> Results:
     paths = sorted(root.glob("*.json"))
     if not paths:
         raise UserError(f"no results of profile {profile} in {root}: run 'make reproduce PROFILE={profile}'")
-    records, tables = published(), {}
+    results = Results(profile, published(), {})
     for path in paths:
         content = read_results(path)
         if content.get("profile") != profile:
             raise UserError(f"{path} holds results of profile {content.get('profile')!r}: remove it")
-        twice = (records.keys() & content["records"].keys()) | (tables.keys() & content["tables"].keys())
-        if twice:
-            raise UserError(f"{path}: {sorted(twice)[0]!r} is recorded elsewhere too; rename one of them")
-        origin = {"notebook": content["notebook"], "provenance": content["provenance"]}
-        records |= {key: record | origin for key, record in content["records"].items()}
-        tables |= content["tables"]
-    return Results(profile, records, tables)
+        for part in ("records", "tables", "figures"):
+            known, new = getattr(results, part), content.get(part, {})
+            if twice := known.keys() & new.keys():
+                raise UserError(f"{path}: {sorted(twice)[0]!r} is recorded elsewhere too; rename one of them")
+            known |= {name: item | {"notebook": content["notebook"]} for name, item in new.items()}
+        results.runs[content["notebook"]] = content["provenance"] | {
+            "code": content.get("code"), "lineage": content.get("lineage", {})}
+    return results
 
 
 def read_results(path: Path) -> dict:
@@ -276,48 +283,10 @@ def format_value(record: dict, latex: bool = False) -> str:
     return ("~" if latex else " ").join(part for part in parts if part)
 
 
-def tabular(rows: list[list[str]]) -> str:
-    """Rows of LaTeX cells, the heads first, as a booktabs tabular. Long heads and long labels are broken."""
-    head, *rows = rows
-    head = [r"\shortstack[r]{" + r"\\".join(textwrap.wrap(text, 14, break_long_words=False)) + "}"
-            if len(text) > 14 else text for text in head]
-    labels = "l"
-    if max((len(row[0]) for row in rows), default=0) > 40:
-        labels, rows = "p{1.8in}", [[r"\raggedright " + label, *cells] for label, *cells in rows]
-    head, *rows = [" & ".join(row) + r" \\" for row in (head, *rows)]
-    return "\n".join([rf"\begin{{tabular}}{{@{{}}{labels}{'r' * head.count(' & ')}@{{}}}}", r"\toprule", head,
-                      r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
 def latex_escape(text: str) -> str:
     """Text in which LaTeX sees no commands."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return re.sub(r"[\\~^{}$&#_%]", lambda match: special.get(match[0], "\\" + match[0]), text)
-
-
-def write_latex(profile: str, root: Path | str | None = None,
-                out_dir: Path | str | None = None) -> Path:
-    """Write numbers.tex and table_<name>.tex for the report; tables of an earlier profile are removed.
-
-    Returns the path of numbers.tex. A key that the text uses and nobody recorded stops the LaTeX build.
-    """
-    results, out_dir = load_results(profile, root), Path(out_dir or repo_root() / "report" / "generated").absolute()
-    lines = [LATEX_COMMANDS.replace("@PROFILE@", latex_escape(profile))]
-    for key, record in sorted(results.records.items()):
-        fields = {"text": format_value(record, latex=True), "value": format_number(record, latex=True),
-                  "interval": format_interval(record, latex=True),
-                  "n": "" if record.get("n") is None else f"{record['n']:,}"}
-        lines += [rf"\dg@set{{{name}}}{{{key}}}{{{text}}}" for name, text in fields.items() if text]
-    lines += [rf"\dg@set{{caption}}{{{name}}}{{{latex_escape(table['caption'])}}}"
-              for name, table in sorted(results.tables.items()) if table["caption"]]
-    tables = {out_dir / f"table_{name}.tex": results.latex_table(name) for name in results.tables}
-    tables[out_dir / "table_provenance.tex"] = results.latex_provenance()
-    for path, text in tables.items():
-        write_if_changed(path, text)
-    write_if_changed(out_dir / "numbers.tex", "\n".join([*lines, r"\makeatother", ""]))
-    for path in set(out_dir.glob("table_*.tex")) - tables.keys():
-        path.unlink()
-    return out_dir / "numbers.tex"
 
 
 def print_summary(profile: str, root: Path | str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The Heun sampler of EDM. It asks a denoiser what the clean image is, and knows nothing of discriminators.
+"""The samplers: EDM's Heun and DDPM's ancestral. They ask a denoiser what the clean image is, and know no discriminator.
 
 A denoiser here is any callable `denoise(x, sigma, step, order)`: x float64 [N, C, H, W], sigma float64 [N],
 `step` the index i of the loop, `order` 1 for the Euler predictor and 2 for the Heun corrector. Baseline,
@@ -13,6 +13,8 @@ import torch
 from .errors import UserError
 from .noise import PerSampleNoise
 
+# A churn of each image: S_churn [N] and S_noise [N].
+Churn = tuple[torch.Tensor, torch.Tensor]
 Denoise = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 
@@ -33,49 +35,106 @@ def network_denoiser(network, precision: str = "float32", class_labels=None) -> 
     return denoise
 
 
+def classifier_free_denoiser(conditional: Denoise, unconditional: Denoise, weight: float) -> Denoise:
+    """Classifier-free guidance in denoisers, D_u + w (D_c - D_u): Ho & Salimans 2021, eq. 6, whose weight is w - 1."""
+
+    def denoise(x, sigma, step, order):
+        without = unconditional(x, sigma, step, order)
+        return without + weight * (conditional(x, sigma, step, order) - without)
+
+    return denoise
+
+
+def fit_sigmas(sigmas: torch.Tensor, network) -> torch.Tensor:
+    """The steps' noise levels as `network` supports them: within [sigma_min, sigma_max], rounded; the final 0 stays."""
+    inside = sigmas[:-1].clamp(network.sigma_min, network.sigma_max)
+    return torch.cat([network.round_sigma(inside), sigmas[-1:]])
+
+
+class NotFinite(Exception):
+    """For denoisers to raise: `what` is not finite for the images of a mask [N]. The sampler adds whose they are."""
+
+    def __init__(self, what: str, images: torch.Tensor):
+        super().__init__(what)
+        self.what, self.images = what, images
+
+
+def _ask(denoise: Denoise, x, sigma, step: int, order: int, seeds):
+    """The denoised images. Raises UserError, naming step, noise level and seeds, if they are not finite."""
+    try:
+        denoised = denoise(x, sigma, step, order)
+        finite = torch.isfinite(denoised).flatten(1).all(1)
+        if finite.all():
+            return denoised
+        problem = NotFinite("the denoised image", ~finite)
+    except NotFinite as error:
+        problem = error
+    bad = [seed for seed, is_bad in zip(seeds, problem.images.tolist(), strict=True) if is_bad]
+    raise UserError(f"sampler: {problem.what} is not finite at step {step} (sigma {sigma.max():.4g}) for seeds "
+                    f"{bad[:5]}: lower the guidance weights, or check the networks' weights")
+
+
 def edm_sampler(
     denoise: Denoise,
     noise: PerSampleNoise,
     sigmas: torch.Tensor,
-    s_churn: float | Callable[[int], torch.Tensor] = 0.0,
+    s_churn: float = 0.0,
     s_min: float = 0.0,
     s_max: float = math.inf,
     s_noise: float = 1.0,
+    churn: Callable[[int, Churn], Churn] | None = None,
+    round_sigma: Callable[[torch.Tensor], torch.Tensor] = lambda sigma: sigma,
 ) -> torch.Tensor:
     """Images [N, C, H, W], float64, about [-1, 1]: EDM algorithm 2 (Karras et al. 2022).
 
     noise: one stream per image; sigmas: float64 [num_steps + 1] decreasing to 0 (`karras_sigmas`).
-    s_churn: the churn of every step, or a function of the step that gives one value per image [N].
+    s_churn, s_noise inside [s_min, s_max]: the base churn. churn(step, (S_churn [N], S_noise [N])): what replaces
+    it, image by image (boosting). round_sigma: to the noise levels that the network knows.
     Raises UserError, naming step, sigma and seeds, if an image stops being finite.
     """
     num_steps = len(sigmas) - 1
     seeds, device = noise.seeds, noise.device
     sigmas = sigmas.double().to(device)
+    base = tuple(torch.full((len(seeds),), float(value), dtype=torch.float64, device=device)
+                 for value in (s_churn, s_noise))  # fmt: skip
     x = sigmas[0] * noise.draw(0)
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         # Algorithm 2, lines 4-6: raise the noise level by gamma, adding noise to match.
-        churn = s_churn(i) if callable(s_churn) else torch.full((len(seeds),), float(s_churn), device=device)
+        churn_i, noise_i = (value.double() for value in (churn(i, base) if churn else base))  # [N] each
         inside = s_min <= sigma <= s_max
-        gamma = (churn.double() / num_steps).clamp(max=math.sqrt(2) - 1) * inside  # [N]
-        sigma_hat = sigma * (1 + gamma)  # [N]
+        gamma = (churn_i / num_steps).clamp(max=math.sqrt(2) - 1) * inside  # [N]
+        sigma_hat = round_sigma(sigma * (1 + gamma))  # [N]
         if gamma.any():
-            added = (sigma_hat**2 - sigma**2).clamp(min=0).sqrt()
-            x = x + added[:, None, None, None] * s_noise * noise.draw(i + 1)
+            added = (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * noise_i
+            x = x + added[:, None, None, None] * noise.draw(i + 1)
 
         # Lines 7-8: an Euler step along d = (x - D) / sigma.
-        slope = (x - denoise(x, sigma_hat, i, 1)) / sigma_hat[:, None, None, None]
+        slope = (x - _ask(denoise, x, sigma_hat, i, 1, seeds)) / sigma_hat[:, None, None, None]
         step_size = (sigma_next - sigma_hat)[:, None, None, None]
         x_next = x + step_size * slope
 
         # Lines 9-11: the trapezoidal correction.
         if sigma_next > 0:
-            slope_next = (x_next - denoise(x_next, sigma_next.expand(len(seeds)), i, 2)) / sigma_next
+            slope_next = (x_next - _ask(denoise, x_next, sigma_next.expand(len(seeds)), i, 2, seeds)) / sigma_next
             x_next = x + step_size * (slope + slope_next) / 2
         x = x_next
-        if not torch.isfinite(x).all():
-            bad = [seed for seed, image in zip(seeds, x, strict=True) if not torch.isfinite(image).all()]
-            raise UserError(
-                f"sampler: not finite after step {i} (sigma {sigma:.4g}) for seeds {bad[:5]}: "
-                "lower the guidance weights, or check the networks' weights"
-            )
+    return x
+
+
+def ancestral_sampler(denoise: Denoise, noise: PerSampleNoise, sigmas: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W], float64: DDPM's sampler (Ho et al. 2020, algorithm 2), posterior variance beta-tilde.
+
+    In EDM's scaling, x = x_vp / sqrt(alpha-bar), a step from s to s' draws from q(x' | x, x_0 = D(x; s)):
+    x' = D + (s'/s)^2 (x - D) + s' sqrt(1 - (s'/s)^2) z. sigmas: float64 [num_steps + 1] decreasing to 0
+    (`vp_sigmas`). Raises UserError likewise.
+    """
+    seeds, sigmas = noise.seeds, sigmas.double().to(noise.device)
+    # The chain starts where its variance is one at the VP scale, which is sqrt(1 + s^2) here.
+    x = (1 + sigmas[0] ** 2).sqrt() * noise.draw(0)
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        denoised = _ask(denoise, x, sigma.expand(len(seeds)), i, 1, seeds)
+        kept = (sigma_next / sigma) ** 2
+        x = denoised + kept * (x - denoised)
+        if sigma_next > 0:
+            x = x + sigma_next * (1 - kept).sqrt() * noise.draw(i + 1)
     return x

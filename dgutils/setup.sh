@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what a make target needs and this machine lacks, nothing else: sh dgutils/setup.sh venv|data|tex
+# Installs what a make target needs and this machine lacks, nothing else: sh dgutils/setup.sh venv|data|tex. (have-tex looks.)
 # Runs in the repository's root. Debian packages only through apt-get, and only as root or with sudo that asks nothing.
 set -eu
 
@@ -34,7 +34,9 @@ make_venv() {
         || { apt_install python3-venv && "$python" -c 'import ensurepip, venv'; } || die "$wanted"
     .venv/bin/python -c '' 2>/dev/null || "$python" -m venv --clear .venv || die 'could not create .venv here'
     say 'installing the pinned packages into .venv (minutes, the first time)'
-    .venv/bin/python -m pip install --disable-pip-version-check --no-input -r requirements.txt >.venv/pip.log 2>&1 || {
+    # Wheels only, each with a listed checksum: nothing that a package brings along runs while it is installed.
+    .venv/bin/python -m pip install --disable-pip-version-check --no-input --require-hashes --only-binary :all: \
+        -r requirements.txt >.venv/pip.log 2>&1 || {
         grep '^ERROR' .venv/pip.log | tail -n 1 >&2
         die 'pip could not install requirements.txt: see .venv/pip.log, mend the cause and start again'
     }
@@ -70,5 +72,6 @@ case "${1-}" in
     venv) make_venv ;;
     data) find_data ;;
     tex) find_tex ;;
+    have-tex) have_tex ;;
     *) die 'usage: sh dgutils/setup.sh venv|data|tex' ;;
 esac

@@ -7,6 +7,8 @@ identity, so a larger set extends a smaller one, and an interrupted run goes on 
 
 A folder is written under a temporary name, synced, and renamed whole, with a manifest of checksums. Locks are
 `flock` locks, which the kernel drops with the process: after a kill there is nothing to clean up by hand.
+Work that takes long inside one artifact keeps its state in partial/, one sealed file that is replaced whole.
+What does not match its checksum is moved to quarantine/, said, and computed again: never used, never deleted.
 """
 
 import errno
@@ -23,17 +25,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from dgutils import distributed
 from dgutils.errors import UserError
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -89,10 +93,14 @@ def digest_of_array(array: np.ndarray) -> str:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file whose name only ever shows the old or the whole new content, even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    sync(temporary)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    try:
+        temporary.write_bytes(data)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -191,9 +199,10 @@ def log_line(line: str) -> None:
 
 @dataclass
 class Store:
-    """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines."""
+    """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines; a `dry` store makes nothing."""
     root: Path | str
     log: Callable[[str], None] = log_line
+    dry: bool = False
 
     def __post_init__(self):
         self.root = Path(self.root).absolute()
@@ -209,6 +218,38 @@ class Store:
             raise UserError(f"step name {step!r}: use lower-case letters, digits, - and _")
         identity = {"step": step, "version": version, "config": config, "inputs": inputs or {}}
         return Artifact(self, plain(identity, step), label)
+
+    def save_partial(self, name: str, data: bytes) -> None:
+        """Keep the state of unfinished work, so that it goes on from there after a kill; replaces what was kept.
+
+        Called by who holds the artifact's lock, which is inside `Artifact.compute`.
+        """
+        (self.root / "partial").mkdir(parents=True, exist_ok=True)
+        write_file(self.root / "partial" / name, hashlib.sha256(data).digest() + data)
+
+    def load_partial(self, name: str) -> bytes | None:
+        """What was kept last; None if nothing was, or if it was damaged and is in quarantine now."""
+        path = self.root / "partial" / name
+        if not os.path.lexists(path):
+            return None
+        sealed = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(sealed[32:]).digest() == sealed[:32]:
+            return sealed[32:]
+        self.quarantine(path, name, "the state of unfinished work has another checksum", "beginning it again")
+        return None
+
+    def drop_partial(self, name: str) -> None:
+        """Forget the state of work that is finished; where it cannot be removed it does no harm."""
+        with suppress(OSError):
+            (self.root / "partial" / name).unlink()
+
+    def quarantine(self, path: Path, name: str, damage: str, what_now: str) -> None:
+        """Move a damaged file or folder out of the way, and say so. The caller holds its lock."""
+        folder = self.root / "quarantine"
+        folder.mkdir(exist_ok=True)
+        target = next(target for i in count() if not os.path.lexists(target := folder / f"{name}.{i}"))
+        os.rename(path, target)
+        self.log(f"QUARANTINED {name}: {damage}; moved to {target}; {what_now}")
 
 
 @dataclass
@@ -236,8 +277,10 @@ class Artifact:
 
     def status(self) -> Status:
         """Is it here, whole? If not: what is damaged, or what changed against what is stored."""
-        reason = self.damage() if self.path.is_dir() else self.what_changed()
-        return Status(not reason, reason)
+        if not os.path.lexists(self.path):
+            return Status(False, self.what_changed())
+        damage = self.damage()
+        return Status(not damage, damage)
 
     def damage(self) -> str:
         """What is wrong with the stored files, or ''. Files that the manifest does not list are not read."""
@@ -258,8 +301,7 @@ class Artifact:
     def what_changed(self) -> str:
         """The fewest differences between this identity and one stored for the same step, in words."""
         folders = sorted((self.store.root / self.identity["step"]).glob("*"))
-        manifests = [read_manifest(path.parent) for folder in folders
-                     for path in sorted(folder.rglob("manifest.json"))[:1]]
+        manifests = [read_manifest(folder) or read_manifest(folder / "shard_00000") for folder in folders]
         differences = [identity_differences(manifest["identity"], self.identity)
                        for manifest in manifests if manifest and manifest["digest"] != self.digest]
         if not differences:
@@ -282,7 +324,7 @@ class Artifact:
         with disk_errors(self.store.root):
             status = self.status()
             self.say(status)
-            if not status.hit:
+            if not status.hit and not self.store.dry:
                 self.obtain(make)
         return self
 
@@ -291,21 +333,18 @@ class Artifact:
         with lock(self.store.root / "locks" / f"{self.name}.lock", wait, self.store.log) as ours:
             if not ours:
                 return False
-            damage = self.damage() if self.path.is_dir() else ""
+            damage = self.damage() if os.path.lexists(self.path) else ""
             if damage:
-                parent = self.store.root / "quarantine"
-                parent.mkdir(exist_ok=True)
-                target = parent / f"{self.name}.{len(list(parent.glob(self.name + '.*')))}"
-                os.rename(self.path, target)
-                self.store.log(f"QUARANTINED {self.name}: {damage}; moved to {target}; computing it again")
-            if not self.path.is_dir():
+                self.store.quarantine(self.path, self.name, damage, "computing it again")
+            if not os.path.lexists(self.path):
                 self.write(make)
         return True
 
     def write(self, make: Callable[[Path], dict | None]) -> None:
         """Call `make` on a temporary folder; checksum, sync, and rename it into place with its manifest."""
         temporary = self.path.with_name(self.path.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed run's: we hold the lock, nobody else uses it
+        with suppress(FileNotFoundError):
+            shutil.rmtree(temporary)  # a killed run's: we hold the lock, nobody else uses it
         temporary.mkdir(parents=True)
         try:
             start = time.perf_counter()
@@ -358,20 +397,28 @@ class ShardedSet:
         """Have the first n rows: compute the shards that are missing, compute_shard(seeds) -> {name: rows}.
 
         Any number of processes may do this at once: each takes shards that nobody else is computing, then
-        waits for those that others took. The last shard is computed whole even if n ends inside it.
+        waits for those that others took. The last shard is computed whole even if n ends inside it. The ranks
+        of a group, which call it together, are dealt the shards and leave when all are there.
         """
         with disk_errors(self.artifact.store.root):
-            status = self.status(n)
+            status, ranks = self.status(n), distributed.group()
             self.artifact.say(status._replace(reason=f"{n} rows, {status.reason}"))
-            missing, size, total = self.missing(n), self.shard_size, len(self.parts(n))
-            with tqdm(total=total * size, initial=(total - len(missing)) * size,
-                      desc=self.artifact.label or self.artifact.identity["step"], unit=" rows",
-                      disable=status.hit or not progress) as bar:
-                for wait in (False, True):  # first what is free, then what others were computing
-                    for part in [part for part in missing if part.shard not in self.verified]:
-                        if part.obtain(partial(self.make, part, compute_shard), wait):
-                            self.verified.add(part.shard)
-                            bar.update(size)
+            if self.artifact.store.dry:
+                return self
+            size, parts = self.shard_size, self.parts(n)
+            here = {part.shard for part in parts} & self.verified
+            ranks.barrier()  # all have seen what was here before any of them adds to it
+            with tqdm(total=len(parts) * size, initial=len(here) * size, unit=" rows",
+                      desc=self.artifact.label or self.artifact.identity["step"],
+                      disable=status.hit or not progress or not ranks.main) as bar:
+                for position, part in ranks.deal(parts):  # first what is free
+                    if part.shard not in here and part.obtain(partial(self.make, part, compute_shard), wait=False):
+                        self.verified.add(part.shard)
+                        bar.update(len(here.union(range(position + 1))) * size - bar.n)
+                ranks.barrier()
+                for part in self.missing(n):  # then what others were computing
+                    part.obtain(partial(self.make, part, compute_shard))
+                    self.verified.add(part.shard)
         return self
 
     def make(self, part: Artifact, compute_shard: Callable[[range], dict[str, np.ndarray]],
@@ -387,7 +434,9 @@ class ShardedSet:
 
     def load(self, n: int, name: str) -> np.ndarray:
         """The first n rows of one array, [n, ...]. Raises UserError if a shard is missing or damaged."""
-        if missing := self.missing(n):
+        with disk_errors(self.artifact.store.root):
+            missing = self.missing(n)
+        if missing:
             raise UserError(f"{missing[0].name} is missing or damaged: run its step")
         paths = [part.path / f"{name}.npy" for part in self.parts(n)]
         if not paths[0].exists():
@@ -424,7 +473,7 @@ def read_manifest(folder: Path) -> dict | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         return manifest if manifest.pop("sha256") == digest_of_json(manifest) else None
-    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, AttributeError, TypeError):
         return None
 
 
@@ -432,7 +481,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts, and lists of dicts, as one dict with dotted keys."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value and prefix:
         return {prefix: value}
     return {key: leaf for name, item in value.items()
             for key, leaf in flatten(item, f"{prefix}.{name}" if prefix else name).items()}

@@ -14,16 +14,15 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = [line.split(" #")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-PINS = {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(re.compile("[^#]").match, LINES))}
-# torch pins these itself, per platform
-FROM_TORCH = re.compile(r"nvidia-|cuda-|triton$")
+LOCK = (ROOT / "requirements.txt").read_text()
+PINS = {canonicalize_name(pin.name): pin for pin in map(Requirement, re.findall(r"^(\w.*?) \\$", LOCK, re.M))}
 
 
-def test_every_requirement_is_pinned_once():
-    assert len(PINS) == sum(bool(re.match("[^#]", line)) for line in LINES) > 100
-    for pin in PINS.values():
-        assert [spec.operator for spec in pin.specifier] == ["=="] and "*" not in str(pin.specifier), pin
+def test_every_requirement_is_pinned_once_with_checksums():
+    blocks = [re.sub(r"\s+", " ", block) for block in re.split(r"\n(?=\w)", LOCK)[1:]]
+    assert len(PINS) == len(blocks) > 100
+    for block in blocks:
+        assert re.fullmatch(r"[\w.-]+==[\w.]+( ; [^\\]+)?( \\ --hash=sha256:[0-9a-f]{64})+ ?", block), block
 
 
 def test_pins_are_closed_under_dependencies():
@@ -35,10 +34,9 @@ def test_pins_are_closed_under_dependencies():
             if needed.marker and not needed.marker.evaluate({"extra": ""}):
                 continue
             dependency = canonicalize_name(needed.name)
-            if not FROM_TORCH.match(dependency):
-                assert dependency in PINS, f"{name} needs {needed}, which requirements.txt does not pin"
-                version = next(iter(PINS[dependency].specifier)).version
-                assert needed.specifier.contains(version, prereleases=True), f"{name} needs {needed}"
+            assert dependency in PINS, f"{name} needs {needed}, which requirements.txt does not pin"
+            version = next(iter(PINS[dependency].specifier)).version
+            assert needed.specifier.contains(version, prereleases=True), f"{name} needs {needed}"
 
 
 def test_installed_versions_are_the_pinned_ones():
@@ -57,14 +55,16 @@ def test_pins_suit_the_oldest_python_that_we_promise():
 
 def test_conda_users_get_the_same_versions():
     python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert pip == "pip" and packages == {"pip": ["-r requirements.txt", "-e ."]}  # none of its own
+    assert pip == "pip" and packages == {"pip": ["-r requirements.txt"]}  # none of its own
     lowest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert Requirement(f"python{lowest}").specifier.contains(python.removeprefix("python="))
 
 
-def test_pyproject_reads_the_same_list():
+def test_pyproject_names_what_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    for needed in map(Requirement, project["project"]["dependencies"]):
+        version = next(iter(PINS[canonicalize_name(needed.name)].specifier)).version
+        assert needed.specifier.contains(version), needed
     assert project["project"]["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 

@@ -114,11 +114,40 @@ def test_boosting_doubles_the_guidance_of_samples_in_need(boosting, doubled):
 @pytest.mark.parametrize(("boosting", "boosted"), [("released", [0, 5, 10]), ("paper", [1, 3, 5, 7, 9, 11])])
 def test_boosting_churns_samples_whose_previous_log_ratio_was_negative(boosting, boosted):
     guided = GuidedDenoiser(wrong, Tilted([-1.0, 1.0]), 1.0, boosting=boosting)
-    churn = guided.churn(2)
-    assert churn(0).tolist() == [0, 0] and churn(1).tolist() == [0, 0]  # nothing is known yet
+    base = torch.tensor([2.0, 2.0]), torch.tensor([1.01, 1.01])  # S_churn and S_noise of the others
+    assert guided.churn(0, base) is base  # nothing is known yet
     guided(torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 0, 1)
     for step in range(12):
-        assert churn(step).tolist() == [4.0 if step in boosted else 0.0, 0.0]
+        churn, noise = guided.churn(step, base)
+        assert churn.tolist() == [4.0 if step in boosted else 2.0, 2.0]
+        assert torch.equal(noise, torch.tensor([1.0 if step in boosted else 1.01, 1.01]))
+
+
+def test_clipped_log_ratio_has_no_gradient_where_the_discriminator_is_sure():
+    x, sigma = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    clipped = GuidedDenoiser(wrong, Tilted([0.0, -12.0]), 1.0, log_ratio="clipped")
+    guidance = clipped.guidance(x, sigma, 0, 1)
+    assert (guidance[0] != 0).all() and (guidance[1] == 0).all()
+    assert clipped.last_log_ratio.tolist() == pytest.approx([0.0, math.log(1e-5 / (1 - 1e-5))])
+    assert (GuidedDenoiser(wrong, Tilted([0.0, -12.0]), 1.0).guidance(x, sigma, 0, 1) != 0).all()
+
+
+def test_class_labels_reach_the_discriminator():
+    class Conditional:
+        def log_density_ratio(self, x_vp, vp_time, class_labels):
+            return x_vp.sum((1, 2, 3)) * class_labels
+
+    x, sigma = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    guided = GuidedDenoiser(wrong, Conditional(), 1.0, class_labels=torch.tensor([0, 3]))
+    guidance = guided.guidance(x, sigma, 0, 1)
+    assert (guidance[0] == 0).all() and guidance[1].numpy() == pytest.approx(3 / math.sqrt(2))
+
+
+def test_guidance_that_is_not_finite_names_itself_step_sigma_and_seeds():
+    guided = GuidedDenoiser(wrong, Tilted([0.0, math.nan]), 1.0)
+    guided.ensemble.log_density_ratio = lambda x, t: (x * torch.tensor([1.0, math.nan])[:, None, None, None]).sum((1, 2, 3))
+    with pytest.raises(UserError, match=r"the guidance is not finite at step 0 \(sigma 80\) for seeds \[8\]"):
+        edm_sampler(guided, PerSampleNoise([7, 8], (1, 2, 2)), karras_sigmas(5))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +157,7 @@ def test_boosting_churns_samples_whose_previous_log_ratio_was_negative(boosting,
         (dict(time_max=1.5), "time_max <= 1"),
         (dict(weight_1st_order=-1.0), "must not be negative"),
         (dict(boosting="sometimes"), "unknown boosting"),
+        (dict(log_ratio="probability"), "unknown log_ratio"),
     ],
 )
 def test_bad_guidance(bad, message):

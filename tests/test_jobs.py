@@ -113,18 +113,17 @@ def test_interrupted_training_goes_on_to_the_same_bits(store, trained, tmp_path,
         pass
 
     other, epochs = Store(tmp_path / "other", lambda line: None), []
-    real = checkpoints.write_tensors
 
-    def killed_after_first_epoch(path, tensors, metadata):
-        real(path, tensors, metadata)
-        epochs.append(path)
+    def killed_after_first_epoch(store, name, data):
+        real(store, name, data)
+        epochs.append(name)
         raise Killed
 
-    fakes = jobs.generate(other, sampling(), 40)
-    monkeypatch.setattr(checkpoints, "write_tensors", killed_after_first_epoch)
+    fakes, real = jobs.generate(other, sampling(), 40), Store.save_partial
+    monkeypatch.setattr(Store, "save_partial", killed_after_first_epoch)
     with pytest.raises(Killed):
         jobs.train(other, training(), fakes)
-    monkeypatch.setattr(checkpoints, "write_tensors", real)
+    monkeypatch.setattr(Store, "save_partial", real)
     resumed = jobs.train(other, training(), fakes)
     assert epochs and resumed.history == trained.history
     for key, value in trained._tensors.items():
@@ -212,6 +211,7 @@ def measured(store) -> dict:
         "train": [row["val_loss"] for history in trained.history for row in history],
         "logits": jobs.held_out_logits(store, trained, [0.1])[0].flatten()[:8].tolist(),
         "features": jobs.features(store, fakes, "tiny")[0].tolist(),
+        "statistics": [*(stats := jobs.statistics(store, fakes, "tiny")).mean, *stats.cov[0]],
         "evaluate": [scores.fd.value, scores.kid.value, *scores.fd.draws, *scores.manifold.values()],
     }
     return {step: {"version": jobs.VERSIONS[step], "values": values} for step, values in numbers.items()}

@@ -1,11 +1,14 @@
 """Closed forms, brute force and independent implementations for dgutils.metrics, in float64."""
 
+import threading
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from dgutils import metrics
+from dgutils import bench_metrics, metrics
 from dgutils.errors import UserError
 
 
@@ -67,6 +70,39 @@ def test_streaming_stats_match_one_shot():
         assert abs(stats.cov - want).max() < 1e-10 * abs(want).max()
 
 
+def test_processes_pool_their_statistics():
+    x = gaussian(30, 500, 8, shift=100)
+    want = metrics.FeatureStats(x)
+    for cuts in ([], [250], [7, 7, 300]):  # one, two and four processes, one of the four without rows
+        parts = np.split(x, cuts)
+        barrier, shared = threading.Barrier(len(parts)), []
+
+        def sum_over_processes(tensor, barrier=barrier, shared=shared):
+            shared.append(tensor.clone())
+            barrier.wait()
+            total = sum(shared)
+            barrier.wait()
+            tensor.copy_(total)
+            shared.clear()
+            barrier.wait()
+
+        pooled = [None] * len(parts)
+
+        def work(rank, parts=parts, pooled=pooled, reduce=sum_over_processes):
+            stats = metrics.FeatureStats(parts[rank]) if len(parts[rank]) else metrics.FeatureStats()
+            pooled[rank] = stats.all_reduce(8, reduce)
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        for stats in pooled:
+            assert stats.n == 500
+            assert abs(stats.mean - want.mean).max() < 1e-12 * abs(want.mean).max()
+            assert abs(stats.cov - want.cov).max() < 1e-12 * abs(want.cov).max()
+
+
 @pytest.mark.parametrize(("n", "d", "n_ref"), [(40, 60, 200), (120, 20, 200), (40, 60, 30)])
 def test_bootstrap_distances_match_recomputation(n, d, n_ref):
     reference, x = metrics.FrechetReference(gaussian(6, n_ref, d)), gaussian(7, n, d, 1.1, 0.3)
@@ -75,6 +111,23 @@ def test_bootstrap_distances_match_recomputation(n, d, n_ref):
     naive = np.array([reference.distance(x[index]) for index in indices])
     assert abs(reference.bootstrap_distances(x, indices) / naive - 1).max() < 1e-8
     assert naive.std() > 1e-3  # the resamples do differ
+
+
+def test_linear_bootstrap_is_the_derivative_of_the_distance():
+    reference, x = metrics.FrechetReference(gaussian(6, 400, 8)), gaussian(7, 4000, 8, 1.1, 0.3)
+    indices = np.tile(np.arange(4000), (8, 1))
+    indices[1:, :40] = np.random.default_rng(1).integers(0, 4000, (7, 40))  # 1 % of the rows changed
+    exact, linear = reference._exact_distances(x, indices), reference.bootstrap_distances(x, indices)
+    assert abs(linear[0] / reference.distance(x) - 1) < 1e-12
+    assert abs(linear - exact).max() < 0.02 * exact.std()
+
+
+def test_linear_bootstrap_has_the_spread_of_the_exact_one():
+    reference, x = metrics.FrechetReference(gaussian(6, 4000, 8)), gaussian(7, 320, 8, 1.1, 0.3)
+    indices = np.random.default_rng(2).integers(0, 320, (400, 320))
+    exact, linear = reference._exact_distances(x, indices), reference.bootstrap_distances(x, indices)
+    assert 0.85 < linear.std() / exact.std() < 1.05
+    assert np.corrcoef(exact, linear)[0, 1] > 0.9
 
 
 # ---- kernel distance
@@ -89,7 +142,30 @@ def test_kid_matches_double_loop_whatever_the_block():
     yy = np.mean([k(y[i], y[j]) for i in range(5) for j in range(5) if i != j])
     want = xx + yy - 2 * np.mean([k(a, b) for a in x for b in y])
     for block in (1, 3, 100):
-        assert abs(metrics.kid(x, y, block=block) - want) < 1e-10 * abs(xx)
+        assert abs(metrics.PairReference(y, 1, 1, block).compare(x).kid.value - want) < 1e-10 * abs(xx)
+    assert abs(metrics.kid(x, y) - want) < 1e-10 * abs(xx)
+
+
+def test_kid_matches_cleanfid():
+    fid = pytest.importorskip("cleanfid.fid")
+    x, y = gaussian(24, 80, 16), gaussian(25, 80, 16, 1.2, 0.3)
+    np.random.seed(0)  # noqa: NPY002 (clean-fid draws its subset from the global generator; of all rows, here)
+    assert abs(metrics.kid(x, y) / fid.kernel_distance(x, y, num_subsets=1, max_subset_size=80) - 1) < 1e-10
+
+
+def test_kid_resamples_match_recomputation():
+    x, y = gaussian(8, 40, 3), gaussian(9, 50, 3, shift=0.5)
+    reference = metrics.PairReference(y, block=16)
+    got = reference.compare(x, 6, seed=3).kid
+
+    def k(a, b):
+        return (a @ b.T / 3 + 1) ** 3
+
+    for draw, index in zip(got.draws, np.random.default_rng(3).integers(0, 40, (6, 40)), strict=True):
+        distinct = index[:, None] != index  # pairs of two different images
+        want = k(x[index], x[index])[distinct].mean() + reference.kernel_mean - 2 * k(x[index], y).mean()
+        assert abs(draw - want) < 1e-10
+    assert got.value == reference.compare(x).kid.value and len(reference.compare(x).kid.draws) == 0
 
 
 def test_kid_is_unbiased():
@@ -114,21 +190,45 @@ def brute_manifold(real, fake, k):
             "density": in_real.sum() / (k * len(fake)), "coverage": in_real.any(1).mean()}
 
 
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_manifold_scores_match_brute_force(block):
+@pytest.mark.parametrize("block", [4, 7, 1000])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_manifold_scores_match_brute_force(block, dtype):
     real, fake = gaussian(11, 60, 4, shift=50), gaussian(12, 45, 4, 0.7, 50.5)
-    for k in (1, 3, 5):
-        want = brute_manifold(real, fake, k)
-        got = metrics.precision_recall(real, fake, k, block) | metrics.density_coverage(real, fake, k, block)
+    for k_pr, k_dc in ((1, 1), (3, 5), (5, 3)):
+        few, many = brute_manifold(real, fake, k_pr), brute_manifold(real, fake, k_dc)
+        want = {name: (few if name in ("precision", "recall") else many)[name] for name in few}
+        got = metrics.PairReference(real.astype(dtype), k_pr, k_dc, block).compare(fake.astype(dtype)).manifold
         assert got == pytest.approx(want, abs=1e-12)
     assert 0 < want["precision"] < 1 and 0 < want["recall"] < 1 and want["precision"] != want["recall"]
 
 
+def test_single_precision_suffices():
+    real, fake = abs(gaussian(26, 700, 64)) / 8, abs(gaussian(27, 500, 64)) / 8
+    exact = metrics.PairReference(real).compare(fake, 20)
+    got = metrics.PairReference(real.astype(np.float32)).compare(fake.astype(np.float32), 20)
+    assert abs(got.kid.value - exact.kid.value) < 1e-3 * exact.kid.draws.std()
+    assert abs(got.kid.draws - exact.kid.draws).max() < 1e-2 * exact.kid.draws.std()
+    assert got.manifold == pytest.approx(exact.manifold, abs=2 / 500)  # one image nearer or farther than a ball
+
+
 def test_manifold_scores_of_extremes():
     real = gaussian(13, 30, 3)
-    far = metrics.precision_recall(real, real + 1e4) | metrics.density_coverage(real, real + 1e4)
-    assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
-    assert metrics.precision_recall(real, real[::-1]) == {"precision": 1, "recall": 1}
+    reference = metrics.PairReference(real)
+    assert reference.compare(real + 1e4).manifold == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+    same = reference.compare(real[::-1].copy()).manifold
+    assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
+
+
+def test_benchmark_scores_agree_with_the_published_tools():
+    pytest.importorskip("cleanfid.fid")
+    for row in bench_metrics.agreement(n=80, d=12):
+        assert row["ours_float64"] == pytest.approx(row["ours_float32"], rel=1e-2)
+        compared = row["score"] in ("fd", "kid") or bench_metrics.PRDC
+        assert (row["theirs"] is not None) == compared
+        if compared:
+            assert row["ours_float64"] == pytest.approx(row["theirs"], rel=1e-6)
+    measured = bench_metrics._measure_here("_pairs", 50, 8)
+    assert measured["seconds"] > 0 and measured["mib"] > 50
 
 
 # ---- intervals
@@ -225,11 +325,64 @@ def test_names_say_the_space():
 
 # ---- errors
 
-def test_missing_inception_names_the_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics, "INCEPTION_FILE", tmp_path / "inception.pt")
+@pytest.fixture
+def weights_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("DGUTILS_WEIGHTS", str(tmp_path))
     metrics._inception.cache_clear()
-    with pytest.raises(UserError, match="inception.pt: download"):
+    yield tmp_path
+    metrics._inception.cache_clear()
+
+
+def test_missing_inception_names_the_file(weights_folder):
+    with pytest.raises(UserError, match="inception-2015-12-05.pt is not in .* run `python -m dgutils fetch inception`"):
         metrics.image_features(np.zeros((1, 32, 32, 3), np.uint8), "inception")
+
+
+def test_a_foreign_inception_is_refused(weights_folder):
+    torch.save({"weights": torch.zeros(3)}, weights_folder / "inception-2015-12-05.pt")
+    with pytest.raises(UserError, match="inception-2015-12-05.pt is not the TorchScript Inception"):
+        metrics.image_features(np.zeros((1, 32, 32, 3), np.uint8), "inception")
+    assert not (weights_folder / "checksums.json").exists()
+
+
+class TinyInception(torch.nn.Module):
+    """The interface of the Inception file, in small: pixels 0..255 of any size -> 2048 features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Conv2d(3, 2048, 8, stride=4)
+
+    def forward(self, img, return_features: bool = False):
+        x = torch.nn.functional.interpolate(img.float(), (20, 20), mode="bilinear", align_corners=False)
+        return torch.relu(self.layers((x - 128) / 128)).mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inception_features_are_those_of_cleanfid(weights_folder, channels):
+    fid = pytest.importorskip("cleanfid.fid")
+    from cleanfid.inception_torchscript import InceptionV3W
+    from PIL import Image
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but what the real file is
+        torch.jit.script(TinyInception()).save(str(weights_folder / "inception-2015-12-05.pt"))
+        net = InceptionV3W(str(weights_folder), download=False, resize_inside=True)
+    images = np.random.default_rng(28).integers(0, 256, (2, 9, 32, 32, channels), dtype=np.uint8)
+    (weights_folder / "png").mkdir()
+    ours, theirs = [], []
+    for which, batch in enumerate(images):
+        files = [str(weights_folder / "png" / f"{which}{i}.png") for i in range(len(batch))]
+        for file, image in zip(files, batch, strict=True):
+            Image.fromarray(image.squeeze()).save(file)
+        ours.append(metrics.image_features(batch, "inception", batch_size=4))
+        theirs.append(fid.get_files_features(files, net, num_workers=0, batch_size=5, device=torch.device("cpu"),
+                                             mode="legacy_tensorflow", verbose=False))  # fmt: skip
+        assert ours[-1].shape == (9, 2048) and ours[-1].std() > 0.01
+        assert abs(ours[-1] - theirs[-1]).max() < 1e-5 * abs(theirs[-1]).max()
+    want = fid.fid_from_feats(*(f[:, :12].astype(np.float64) for f in theirs))  # few dimensions: sqrtm takes seconds
+    assert abs(metrics.frechet_distance(*(f[:, :12] for f in ours)) / want - 1) < 1e-5
+    assert (weights_folder / "checksums.json").exists()  # the file is the one to expect from now on
 
 
 GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
@@ -244,10 +397,14 @@ GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
     (lambda: metrics.frechet_distance(metrics.FeatureStats(), GOOD), "at least 2 images, got 0"),
     (lambda: metrics.frechet_distance(GOOD, GOOD[:1]), "at least 2 images, got 1"),
     (lambda: metrics.kid(GOOD, GOOD[:1]), "at least 2"),
-    (lambda: metrics.frechet_distance(GOOD, HOLED), "not finite"),
-    (lambda: metrics.precision_recall(GOOD, HOLED), "not finite"),
-    (lambda: metrics.precision_recall(GOOD, GOOD[:3], k=3), "at least 4 feature rows, got 3"),
-    (lambda: metrics.density_coverage(GOOD[:5], GOOD, k=5), "at least 6 feature rows, got 5"),
+    (lambda: metrics.frechet_distance(GOOD, HOLED), "6 feature rows are not finite .rows 0, 1, 2, 3, 4, 5.: check"),
+    (lambda: metrics.FeatureStats(np.repeat(HOLED, 2, axis=0)), r"12 feature rows .* 6, 7 \.\.\.\)"),
+    (lambda: metrics.PairReference(np.where(np.eye(6) > 0, np.inf, 1)), "not finite"),
+    (lambda: metrics.PairReference(GOOD).compare(np.diag([1, 1, np.nan, 1, 1, 1])), r"1 feature rows .*rows 2\)"),
+    (lambda: metrics.PairReference(GOOD).compare(GOOD[:3]), "at least 4 feature rows, got 3"),
+    (lambda: metrics.PairReference(GOOD[:5]), "at least 6 feature rows, got 5"),
+    (lambda: metrics.PairReference(GOOD, k_pr=0), "k_pr 0"),
+    (lambda: metrics.FeatureStats(GOOD).all_reduce(4, lambda tensor: None), "dimensions differ"),
     (lambda: metrics.paired_bootstrap(np.mean, GOOD, GOOD[:5], 10, seed=0), "equal length"),
     (lambda: metrics.binary_scores([0.0], [0.5]), "labels 0"),
     (lambda: metrics.extract(np.zeros((0, 4, 4, 3), np.uint8), lambda x: x), "N > 0"),

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
 from dgutils import __main__, results
-from dgutils.jobs import Study
 from dgutils.notebooks import load_profile
+from dgutils.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))
@@ -47,7 +46,7 @@ def test_source_is_clean_and_its_defaults_are_the_quick_profile(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
 def test_profiles_name_themselves_and_known_parameters_only(path):
     known = set().union(*(parameters(source) for source in SOURCES))
-    values = yaml.safe_load(path.read_text())
+    values = load_profile(path.stem)
     assert values["profile"] == path.stem and set(values) <= known
     assert "e-" not in json.dumps([v for v in values.values() if isinstance(v, str)])  # 1e-4 read as text
 

@@ -1,7 +1,10 @@
 """The runner on throwaway notebooks: only a complete one is done, and mistakes are one line."""
 
+import errno
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -36,7 +39,8 @@ def repo(tmp_path, monkeypatch):
 
 
 def files(root):
-    return sorted(str(path.relative_to(root / "runs")) for path in root.glob("runs/**/*") if path.is_file())
+    paths = [path.relative_to(root / "runs") for path in root.glob("runs/**/*") if path.is_file()]
+    return sorted(str(path) for path in paths if path.parts[1:2] != ("locks",))
 
 
 def test_complete_notebook_is_renamed_and_rendered(repo, capsys):
@@ -63,10 +67,13 @@ def test_complete_notebook_is_renamed_and_rendered(repo, capsys):
     ("import sys; sys.exit(0)", "print('{}')", "code cell 3: SystemExit: 0"),
     ("raise ValueError('first\\nsigma must be positive')", "print('{}')",
      "code cell 3: ValueError: sigma must be positive"),
-    ("import os; os._exit(0)", "print('{}')", "DeadKernelError: Kernel died"),
+    ("import os; os._exit(0)", "print('{}')", "code cell 3: DeadKernelError: Kernel died"),
+    ("import os; os.kill(os.getpid(), 9)", "print('{}')", "code cell 3: DeadKernelError: Kernel died"),
+    ("pass", "print('{}', flush=True); import os; os._exit(0)", "code cell 4: DeadKernelError: Kernel died"),
     ("print('" + SENTINEL + "01_demo')", "pass", f"did not print '{SENTINEL}01_demo'"),
     ("pass", "print('{}_other')", f"did not print '{SENTINEL}01_demo'"),
-], ids=["sys.exit", "exception", "dead kernel", "no sentinel", "another's sentinel"])
+], ids=["sys.exit", "exception", "dead kernel", "killed kernel", "dies after the sentinel",
+        "no sentinel", "another's sentinel"])
 def test_incomplete_notebook_is_kept_as_failed(repo, cell, last, reason):
     root = repo(cell, last=last)
     (root / "runs/smoke/notebooks").mkdir(parents=True)
@@ -77,6 +84,37 @@ def test_incomplete_notebook_is_kept_as_failed(repo, cell, last, reason):
     assert reason in str(error.value) and str(failed) in str(error.value) and "\n" not in str(error.value)
     assert files(root) == ["smoke/notebooks/01_demo.failed.ipynb", "smoke/notebooks/01_demo.ipynb"]
     assert cell in [cell.source for cell in nbformat.read(failed, as_version=4).cells]
+
+
+def test_hung_cell_is_stopped_and_counts_as_failed(repo):
+    root = repo("import time; time.sleep(600)")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="notebook 01_demo failed: code cell 3: not done after 2 s; unless it hangs,"
+                                        r" raise --cell-timeout \(what is done is kept\) \(see .*failed.ipynb"):
+        run_profile("smoke", cell_timeout=2)
+    assert time.monotonic() - start < 30
+    assert files(root) == ["smoke/notebooks/01_demo.failed.ipynb"]
+    with pytest.raises(UserError, match="--cell-timeout -1: give seconds, or 0 for no limit"):
+        run_profile("smoke", cell_timeout=-1)
+
+
+def test_two_runs_of_one_notebook_take_turns(repo):
+    """The cell fails if another one is in it; the second run begins while the first is there."""
+    root = repo("import os, time\nos.mkdir('inside'); time.sleep(1); os.rmdir('inside')")
+    with ThreadPoolExecutor(2) as pool:
+        done = [future.result() for future in [pool.submit(run_profile, "smoke") for _ in range(2)]]
+    assert [list(seconds) for seconds in done] == [["01_demo"]] * 2
+    assert files(root) == ["smoke/html/01_demo.html", "smoke/notebooks/01_demo.ipynb"]
+
+
+def test_full_disk_is_one_line(repo, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    root = repo()
+    monkeypatch.setattr("papermill.execute_notebook", full)
+    with pytest.raises(UserError, match=f"no space left under {root / 'runs' / 'smoke'}: free some and run again"):
+        run_profile("smoke")
 
 
 @pytest.mark.parametrize("yaml, overrides, message", [

@@ -13,8 +13,8 @@ import nbformat
 import pytest
 
 from dgutils import plots
-from dgutils.jobs import Study
 from dgutils.results import Recorder, load_results, published, write_latex
+from dgutils.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "\n".join(path.read_text() for path in [ROOT / "report/main.tex", *sorted(ROOT.glob("report/sections/*.tex"))])

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dgutils.errors import UserError
 from dgutils.store import Store, canonical_json, digest_of_array, digest_of_file, save_array, write_file
@@ -183,11 +186,52 @@ def test_damaged_file_is_quarantined_and_computed_again(store, lines, damage, na
 
 
 def test_second_quarantine_keeps_the_first(store):
-    artifact = store.artifact("train", 1, CONFIG)
-    for _ in range(3):
+    artifact, kept = store.artifact("train", 1, CONFIG), store.root / "quarantine"
+    for i in range(3):
         truncate(artifact.compute(numbers).path / "a.npy")
+        if i == 2:
+            (kept / f"{artifact.name}.0").rename(kept / "examined")
     artifact.compute(numbers)
-    assert len(list((store.root / "quarantine").iterdir())) == 3
+    assert sorted(path.name for path in kept.iterdir()) == ["examined"] + [f"{artifact.name}.{i}" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("place", [lambda link: link.write_text("mine"), lambda link: link.symlink_to("nowhere")])
+def test_foreign_thing_in_an_artifacts_place_is_quarantined(store, lines, place):
+    """A file where the artifact's folder, or a shard's, belongs."""
+    artifact, fakes = store.artifact("train", 1, CONFIG), store.artifact("generate", 1, CONFIG).shards(10)
+    for path in (artifact.path, fakes.artifact.path / "shard_00000"):
+        path.parent.mkdir(parents=True)
+        place(path)
+    assert artifact.compute(numbers).status().hit and len(fakes.ensure(5, rows_of, progress=False).load(5, "seed")) == 5
+    assert sum(line.startswith("QUARANTINED") for line in lines) == 2
+    assert all(path.is_symlink() or path.read_text() == "mine" for path in (store.root / "quarantine").iterdir())
+
+
+@pytest.mark.parametrize("blocked", ["a.npy", "manifest.json"])
+def test_folder_in_a_files_place_is_quarantined(store, lines, blocked):
+    path = store.artifact("train", 1, CONFIG).compute(numbers).path / blocked
+    path.unlink()
+    path.mkdir()
+    assert store.artifact("train", 1, CONFIG).compute(numbers).status().hit
+    assert any(line.startswith("QUARANTINED") and blocked in line for line in lines)
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, empty, foreign])
+def test_damaged_state_of_unfinished_work_is_quarantined_and_the_work_begun_again(store, lines, damage):
+    assert store.load_partial("train-x") is None
+    for state in (b"first", bytes(range(256))):
+        store.save_partial("train-x", state)
+    assert store.load_partial("train-x") == state and lines == []
+    path = store.root / "partial" / "train-x"
+    damage(path)
+    damaged = path.read_bytes()
+    assert store.load_partial("train-x") is None and store.load_partial("train-x") is None
+    assert (store.root / "quarantine" / "train-x.0").read_bytes() == damaged
+    assert len(lines) == 1 and lines[0].startswith("QUARANTINED train-x: ") and "beginning it again" in lines[0]
+    store.save_partial("train-x", state)
+    store.drop_partial("train-x")
+    store.drop_partial("train-x")
+    assert list((store.root / "partial").iterdir()) == []
 
 
 def test_artifact_of_another_identity_is_not_used(store):
@@ -285,6 +329,124 @@ def test_wrong_counts_and_names_are_refused(store):
         fakes.load(0, "images")
     with pytest.raises(UserError, match="shard size 0"):
         store.artifact("generate", 1, CONFIG).shards(0)
+
+
+# --- whatever the parameters
+
+NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
+
+SMALL = st.recursive(  # so that many pairs differ by little
+    st.sampled_from([None, 0, "0", {}, []]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.just("0"), inner), max_leaves=3)
+
+
+@given(value=JSON, data=st.data())
+def test_identity_is_its_meaning(value, data):
+    """Equal for another order of keys, tuples for lists, whole floats for integers; its canonical form reads back."""
+
+    def retold(value):
+        if isinstance(value, dict):
+            return {key: retold(value[key]) for key in data.draw(st.permutations(list(value)))}
+        if isinstance(value, list):
+            return tuple(map(retold, value))
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if whole and data.draw(st.booleans()) else value
+
+    assert canonical_json(retold(value)) == canonical_json(value)
+    assert canonical_json(json.loads(canonical_json(value))) == canonical_json(value)
+
+
+@settings(max_examples=100)
+@given(one=SMALL, other=SMALL)
+def test_what_is_not_stored_is_never_a_hit(one, other):
+    """An identity hits what was stored under its own meaning, and nothing else."""
+    with tempfile.TemporaryDirectory() as root:
+        store = Store(root, lambda line: None)
+        store.artifact("train", 1, {"x": one}).compute(lambda folder: None)
+        hit, reason = store.artifact("train", 1, {"x": other}).status()
+        assert hit == (canonical_json(one) == canonical_json(other)) and not (hit and reason)
+
+
+def meaning(name, content):
+    """The JSON of a manifest, which white space does not change; any other file's bytes."""
+    try:
+        return json.loads(content) if name == "manifest.json" else content
+    except ValueError:
+        return None
+
+
+@settings(max_examples=40)
+@given(data=st.data(), name=st.sampled_from(["a.npy", "sub/note.txt", "manifest.json"]))
+def test_any_change_of_any_byte_is_found(data, name):
+    with tempfile.TemporaryDirectory() as root:
+        artifact = Store(root, lambda line: None).artifact("train", 1, CONFIG).compute(numbers)
+        path = artifact.path / name
+        whole = path.read_bytes()
+        at = data.draw(st.integers(0, len(whole) - 1))
+        before, byte, after = whole[:at], whole[at], whole[at + 1 :]
+        changed = data.draw(st.sampled_from([before, before + after, before + bytes([byte ^ 1]) + after,
+                                             whole + b"\0", whole[at:] + before]))
+        path.write_bytes(changed)
+        same = meaning(name, changed) == meaning(name, whole)
+        assert artifact.status().hit == same
+        artifact.compute(numbers)
+        assert artifact.status().hit and len(list(Path(root).glob("quarantine/*"))) == (not same)
+
+
+class SetOfRows(RuleBasedStateMachine):
+    """Any order of asking, damaging and starting anew: rows are always those of their seeds, nothing is lost."""
+
+    @initialize(size=st.integers(1, 7), first_seed=st.integers(0, 2**40))
+    def begin(self, size, first_seed):
+        self.folder, self.size, self.first_seed = tempfile.TemporaryDirectory(), size, first_seed
+        self.whole, self.computed, self.quarantined = set(), [], 0
+        self.restart()
+
+    @rule()
+    def restart(self):
+        self.store = Store(self.folder.name, lambda line: None)
+        self.rows = self.store.artifact("generate", 1, CONFIG).shards(self.size, self.first_seed)
+
+    @rule(n=st.integers(1, 30))
+    def ask(self, n):
+        self.computed.clear()
+        self.rows.ensure(n, self.compute, progress=False)
+        wanted = set(range(-(-n // self.size)))
+        assert set(self.computed) == wanted - self.whole and len(self.computed) == len(set(self.computed))
+        self.whole |= wanted
+        assert self.rows.load(n, "seed").tolist() == list(range(self.first_seed, self.first_seed + n))
+
+    def compute(self, seeds):
+        self.computed.append((seeds[0] - self.first_seed) // self.size)
+        return {"seed": np.array(seeds)}
+
+    @precondition(lambda self: self.whole)
+    @rule(data=st.data(), damage=st.sampled_from([flip_bit, truncate, empty, foreign, remove]))
+    def hurt(self, data, damage):
+        shard = data.draw(st.sampled_from(sorted(self.whole)))
+        name = data.draw(st.sampled_from(["seed.npy", "manifest.json"]))
+        damage(self.rows.artifact.path / f"shard_{shard:05d}" / name)
+        self.whole.remove(shard)
+        self.quarantined += 1
+        self.restart()  # a running process has read its shards already
+
+    @invariant()
+    def nothing_is_deleted(self):
+        if hasattr(self, "folder"):
+            moved = len(list(self.store.root.glob("quarantine/*")))
+            waiting = sum(not part.status().hit and part.path.exists() for part in self.rows.parts(30))
+            assert moved + waiting == self.quarantined
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+
+TestSetOfRows = SetOfRows.TestCase
+TestSetOfRows.settings = settings(max_examples=15, stateful_step_count=12, deadline=None, derandomize=True)
 
 
 # --- kills, other processes, disks

@@ -1,0 +1,161 @@
+"""The report: its numbers, tables and provenance as LaTeX, from the results of one profile, and the build of the PDF."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from . import trace
+from .errors import UserError
+from .paths import repo_root
+from .results import (
+    Results,
+    format_interval,
+    format_number,
+    format_value,
+    latex_escape,
+    load_results,
+    write_if_changed,
+)
+from .store import write_file
+
+MODES = {"preprint": "preprint", "final": "final", "submission": ""}  # -> the style file's option
+
+
+def slug(head: str) -> str:
+    """A column's head as a name for \\dgtable[...]: 'KID x 1000' is kid-x-1000."""
+    return re.sub(r"[^a-z0-9]+", "-", head.lower()).strip("-")
+
+
+# --- what the LaTeX sources read
+
+
+def numbers(results: Results) -> dict[tuple[str, str], str]:
+    """(what, key) -> LaTeX text, for the records, tables and provenance of a profile."""
+    found = {}
+    for key, record in results.records.items():
+        found |= {
+            ("result", key): format_value(record, latex=True), ("value", key): format_number(record, latex=True),
+            ("interval", key): format_interval(record, latex=True),
+            ("count", key): f"{record['n']:,}" if record.get("n") else "",
+        }  # fmt: skip
+    for name in results.tables:
+        found |= table(results, name)
+    names = [*results.records, *(f"figure:{name}" for name in results.figures),
+             *(f"table:{name}" for name in results.tables)]
+    for key in names:
+        about = trace.origin(results, key)
+        found |= {("mark", key): mark(about), ("entry", key): entry(about)}
+    return {place: text for place, text in found.items() if text}
+
+
+def table(results: Results, name: str) -> dict[tuple[str, str], str]:
+    """The cells of a table, its caption, the names of its columns, and the number of its rows without the heads."""
+    heads, *rows = results.cells(name, latex=True)
+    columns = [slug(head) for head in results.tables[name]["columns"][1:]]
+    long = max((len(row[0]) for row in rows), default=0) > 40
+    found = {("caption", name): latex_escape(results.tables[name]["caption"]), ("columns", name): ",".join(columns),
+             ("rows", name): str(len(rows)), ("labels", name): "p{1.8in}" if long else "l"}
+    heads = [r"\shortstack[r]{" + r"\\".join(textwrap.wrap(head, 14, break_long_words=False)) + "}"
+             if len(head) > 14 else head for head in heads]  # fmt: skip
+    for number, (label, *cells) in enumerate([heads, *rows]):
+        found["cell", f"{name}/{number}/label"] = rf"\raggedright {label}" if long and number else label
+        found |= {("cell", f"{name}/{number}/{column}"): cell or "{}" for column, cell in zip(columns, cells, strict=True)}
+    return found
+
+
+def mark(about: trace.Origin) -> str:
+    """The margin mark of a result, figure or table: notebook and section, then the artifact or the source."""
+    if not about.run:
+        return latex_escape(f"published: {about.published}")
+    artifact = "made in the notebook"
+    if about.direct:
+        step = about.made.get(about.direct[0], {}).get("step", "artifact")
+        artifact = f"{step} {about.direct[0][:8]}" + (f" +{len(about.direct) - 1}" if about.direct[1:] else "")
+    return latex_escape(f"{about.notebook[:2]} {about.cell}") + r"\\" + artifact
+
+
+def entry(about: trace.Origin, most: int = 4) -> str:
+    """The appendix entry of a result, figure or table, with at most so many artifacts of a step."""
+    if not about.run:
+        return latex_escape(f"{about.name}: {about.label}. Published by {about.published}.")
+    run, facts = about.run, [rf"\texttt{{{latex_escape(about.name)}}}" + (f" (n = {about.n})" if about.n else "")]
+    facts.append(f"notebook {latex_escape(about.notebook)}, ``{latex_escape(about.cell)}''")
+    if about.seeds:
+        facts.append(f"seeds {about.seeds}")
+    facts.append(latex_escape(f"recorded {run['date'][:10]} on {run['device']} by code {trace.revision(run)}"))
+    if about.published:
+        facts.append(latex_escape(f"published values: {about.published}"))
+    if about.made:
+        facts.append(f"{trace.duration(about.seconds)} of computing")
+    for step, digests in sorted(about.artifacts.items()):
+        more = f" and {len(digests) - most} more" if digests[most:] else ""
+        facts.append(f"{step} " + ", ".join(digest[:8] for digest in digests[:most]) + more)
+    if about.inputs:
+        inputs = (f"{name} {digest[:8]}" for name, digest in sorted(about.inputs.items()))
+        facts.append(latex_escape("inputs: " + ", ".join(inputs)))
+    return "; ".join(facts) + "."
+
+
+def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | str | None = None) -> list[str]:
+    """Write numbers.tex and the method's diagram for report/main.tex; what did not change stays as it is.
+
+    Returns why the results are stale, a line each. A key that the text uses and nobody recorded stops LaTeX.
+    """
+    from . import plots
+
+    results, out_dir = load_results(profile, root), Path(out_dir or repo_root() / "report" / "generated").absolute()
+    stale = trace.stale(results)
+    lines = ["% Written by dgutils/report.py from the results of one profile; edits are lost.",
+             rf"\newcommand{{\dgprofile}}{{{latex_escape(profile)}}}",
+             rf"\newcommand{{\dgwatermark}}{{{latex_escape(results.watermark)}}}",
+             r"\newcommand{\dgstale}{" + "".join(rf"\item {latex_escape(line)}" for line in stale) + "}",
+             *(rf"\dg@set{{{what}}}{{{key}}}{{{text}}}" for (what, key), text in sorted(numbers(results).items())), ""]
+    write_if_changed(out_dir / "numbers.tex", "\n".join(lines))
+    plots.save_diagram(plots.method(), out_dir / "method.pdf")
+    return stale
+
+
+# --- the PDF
+
+
+def build(profile: str, mode: str = "preprint", marks: bool = True, strict: bool = False) -> Path:
+    """Build report/report.pdf, or <mode>.pdf for another mode, from a profile's results; nothing changed, nothing done.
+
+    Raises UserError for results that are missing, stale (if `strict`; else they are named, and the PDF says so), and
+    for what LaTeX stumbles over.
+    """
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode}: there are {', '.join(MODES)}")
+    stale = write_latex(profile)
+    if stale and strict:
+        raise UserError("stale results, run 'make reproduce' again:\n" + "\n".join(stale))
+    for line in stale:
+        print(f"stale: {line}", file=sys.stderr)
+    report = repo_root() / "report"
+    pretex = rf"\def\dgmode{{{MODES[mode]}}}" + ("" if marks else r"\def\dgoptions{nomarks}")
+    out = f"generated/{mode}{'' if marks else '-unmarked'}"
+    command = ["latexmk", "-pdf", f"-outdir={out}", "-jobname=report", "-interaction=nonstopmode", "-halt-on-error",
+               "-Werror", f"-usepretex={pretex}", "main.tex"]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=report, capture_output=True, text=True, errors="replace",
+                              env=os.environ | {"max_print_line": "500"})  # fmt: skip
+    except FileNotFoundError as error:
+        raise UserError("latexmk is not installed: sh dgutils/setup.sh tex") from error
+    if done.returncode:
+        raise UserError("LaTeX failed: " + complaint(report / out / "report.log", done.stdout + done.stderr))
+    target = report / ("report.pdf" if mode == "preprint" else f"{mode}.pdf")
+    pdf = (report / out / "report.pdf").read_bytes()
+    if not target.is_file() or target.read_bytes() != pdf:
+        write_file(target, pdf)
+    return target
+
+
+def complaint(log: Path, output: str) -> str:
+    """The error that stopped LaTeX and its line; without one, undefined references; else the end of the output."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    errors = re.findall(r"^! .*|^l\.\d.*", text, re.MULTILINE)
+    undefined = re.findall(r".*Warning: (?:Citation|Reference) .* undefined.*", text)
+    return "\n".join(errors[:2] or undefined[:4] or output.strip().splitlines()[-3:])

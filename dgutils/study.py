@@ -1,0 +1,260 @@
+"""The study that the six notebooks share: one profile's parameters, and the arms that each notebook compares.
+
+Arms are declared here, by name, so that a notebook draws them, `make plan` lists what they would cost, and both
+mean the same images.
+"""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from . import datasets
+from .discriminator import RULES
+from .errors import UserError
+from .jobs import (
+    Guidance,
+    ImageSet,
+    Published,
+    RealSet,
+    Sampling,
+    Scores,
+    Trained,
+    Training,
+    evaluate,
+    generate,
+    head_config,
+    open_store,
+    scaled_members,
+    train,
+)
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the six notebooks share: one profile's data, networks, tables 1 and 2, and sizes.
+
+    Its fields are the parameters of the notebooks' first cell, one for one. Everything else follows from
+    them: a notebook asks for `fakes`, `trained`, its arms or their `scores`, and what exists is found.
+    """
+
+    profile: str
+    dataset: str
+    score_network: str
+    feature_extractor: str
+    feature_spaces: list
+    precision: str
+    num_steps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    dg_weight_1st_order: float
+    dg_weight_2nd_order: float
+    time_min: float
+    time_max: float
+    boosting: str
+    log_ratio: str
+    batch_size: int
+    shard_size: int
+    num_fake: int
+    fake_seed: int
+    num_eval: int
+    eval_seed: int
+    seed_blocks: int
+    reference_split: str
+    num_reference: int
+    num_resamples: int
+    member_names: list
+    learning_rates: list
+    weight_decays: list
+    epochs: list
+    min_times: list
+    epoch_scale: float
+    discriminator_batch_size: int
+    training_seed: int
+    held_out_every: int
+    sequential: bool
+    head_width: int
+    head_blocks: int
+    head_channels: int
+    published_discriminator: str
+    conditional_network: str
+    conditional_discriminator: str
+    cfg_weights: list
+    ancestral_steps: int
+    watermark: str
+
+    @classmethod
+    def from_parameters(cls, namespace: dict) -> "Study":
+        """The study that a notebook's parameters describe: `Study.from_parameters(globals())`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names if name not in namespace]:
+            raise UserError(f"parameters missing from the notebook's first cell: {', '.join(missing)}")
+        return cls(**{name: namespace[name] for name in names})
+
+    @cached_property
+    def store(self) -> Store:
+        return open_store(self.profile)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Table 2's schedule, unguided."""
+        return Sampling(self.score_network, self.num_steps, self.sigma_min, self.sigma_max, self.rho,
+                        batch_size=self.batch_size, shard_size=self.shard_size, precision=self.precision)  # fmt: skip
+
+    @cached_property
+    def fakes(self) -> ImageSet:
+        """The generated images that discriminators learn from: num_fake seeds from fake_seed on, unguided."""
+        return generate(self.store, self.sampling, self.num_fake, self.fake_seed, label="fake set")
+
+    def training(self, **changes) -> Training:
+        """Table 1 with this profile's epoch_scale; `changes` replaces Study fields (epoch_scale=..., ...)."""
+        s = replace(self, **changes)
+        members = scaled_members(s.member_names, s.learning_rates, s.weight_decays, s.epochs, s.min_times,
+                                 s.epoch_scale)  # fmt: skip
+        head = head_config(s.feature_extractor, s.head_width, s.head_blocks, s.head_channels)
+        return Training(s.dataset, s.feature_extractor, head, members, s.num_fake, s.discriminator_batch_size,
+                        s.training_seed, s.sequential, s.precision, s.held_out_every)  # fmt: skip
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The six discriminators of table 1, trained on `fakes` against as many real images."""
+        return train(self.store, self.training(), self.fakes, "six discriminators")
+
+    def guidance(self, members=(0,), rule: str = "mean_logit", **changes) -> Guidance:
+        """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
+        settings = dict(
+            discriminators=self.trained, members=tuple(members), rule=rule,
+            weight_1st_order=self.dg_weight_1st_order, weight_2nd_order=self.dg_weight_2nd_order,
+            time_min=self.time_min, time_max=self.time_max, boosting=self.boosting, log_ratio=self.log_ratio,
+        )  # fmt: skip
+        return Guidance(**(settings | changes))
+
+    def arm(self, label: str, guidance: Guidance | None = None, n: int | None = None, block: int = 0,
+            **sampling) -> ImageSet:  # fmt: skip
+        """The evaluation images of one arm: the same seeds in every arm. `sampling` replaces Sampling fields.
+
+        Block b of n images has the seeds from eval_seed + b num_eval on.
+        """
+        config = replace(self.sampling, **sampling)
+        first_seed = self.eval_seed + block * self.num_eval
+        return generate(self.store, config, n or self.num_eval, first_seed, guidance, label)
+
+    # ---- the arms of each notebook
+
+    @property
+    def everyone(self) -> range:
+        """All members."""
+        return range(len(self.member_names))
+
+    def evaluation_arms(self) -> dict[str, ImageSet | RealSet]:
+        """Notebook 04: the floor, unguided, one discriminator, its untrained self as control, the ensemble."""
+        return {
+            "floor": self.floor,
+            "unguided": self.arm("unguided sampling"),
+            "paper": self.arm("guidance by Paper", self.guidance((0,))),
+            "control": self.arm("guidance by Paper, untrained", self.guidance((0,), state="initial")),
+            "ensemble": self.arm("guidance by the ensemble", self.guidance(self.everyone, "mean_probability")),
+        }
+
+    def published_arms(self) -> dict[str, ImageSet]:
+        """Notebook 04: what the published weights and the other samplers of the literature add; {} without them.
+
+        "authors": guidance by the published discriminator; "ancestral": DDPM's sampler, unguided; "conditional",
+        "conditional_guided" and "cfg_<w>": the class-conditional network, with its discriminator, with
+        classifier-free guidance of weight w.
+        """
+        arms = {}
+        if self.published_discriminator:
+            published = Published(self.feature_extractor, (self.published_discriminator,))
+            arms["authors"] = self.arm("guidance by the published discriminator",
+                                       self.guidance(discriminators=published))  # fmt: skip
+        if self.ancestral_steps:
+            arms["ancestral"] = self.arm("DDPM's ancestral sampler", sampler="ancestral",
+                                         num_steps=self.ancestral_steps)  # fmt: skip
+        if self.conditional_network:
+            conditional = dict(score_network=self.conditional_network, conditional=True)
+            arms["conditional"] = self.arm("class-conditional, unguided", **conditional)
+            if self.conditional_discriminator:
+                published = Published(self.feature_extractor, (self.conditional_discriminator,))
+                arms["conditional_guided"] = self.arm("class-conditional, guided", self.guidance(
+                    discriminators=published), **conditional)  # fmt: skip
+            for weight in self.cfg_weights:
+                arms[f"cfg_{weight:g}"] = self.arm(f"classifier-free guidance, weight {weight:g}", **conditional,
+                                                   cfg_network=self.score_network, cfg_weight=weight)  # fmt: skip
+        return arms
+
+    def seed_block_arms(self) -> dict[str, list[ImageSet]]:
+        """Notebook 04: the arms of EDM's protocol, each in `seed_blocks` disjoint blocks of num_eval seeds."""
+        guidance = {"unguided": None, "paper": self.guidance((0,))}
+        if self.published_discriminator:
+            guidance["authors"] = self.guidance(
+                discriminators=Published(self.feature_extractor, (self.published_discriminator,)))
+        return {name: [self.arm(f"{name}, block {b + 1}", rule, block=b) for b in range(self.seed_blocks)]
+                for name, rule in guidance.items()}
+
+    def claim_arms(self) -> dict[str, ImageSet]:
+        """Notebook 05: the arms that the published claims are about."""
+        return {
+            "unguided": self.arm("unguided sampling"),
+            "paper": self.arm("guidance by Paper", self.guidance((0,))),
+            "fault": self.arm("raw logits of all members",
+                              self.guidance(self.everyone, "raw_logits_as_probabilities")),
+        }  # fmt: skip
+
+    def sweep_trainings(self, epoch_scales) -> dict[int, Trained]:
+        """Epochs of the first member -> discriminators trained so long: all members at the default, then it alone."""
+        trained = {}
+        for scale in (self.epoch_scale, *epoch_scales):
+            training = self.training(epoch_scale=scale)
+            epochs = training.members[0].epochs
+            alone = replace(training, members=training.members[:1])  # epochs of one member need no others
+            trained[epochs] = self.trained if scale == self.epoch_scale else train(
+                self.store, alone, self.fakes, f"Paper, {epochs} epochs")  # fmt: skip
+        return trained
+
+    def sweep_arms(self, n: int, weights, time_mins, time_maxs, epoch_scales) -> dict[str, dict[str, ImageSet]]:
+        """Notebook 05: one discriminator, one setting changed at a time, n images an arm; the default comes first.
+
+        {"weight" | "window" | "epochs": {setting: arm}}; weight "0" is unguided.
+        """
+
+        def paper(label, **changes):
+            return self.arm(f"Paper, {label}", self.guidance((0,), **changes), n)
+
+        settings = [w for w in (self.dg_weight_1st_order, *weights) if w]
+        by_weight = {f"{w:g}": paper(f"weight {w:g}", weight_1st_order=w) for w in settings}
+        windows = [(self.time_min, self.time_max), *((t, self.time_max) for t in time_mins),
+                   *((self.time_min, t) for t in time_maxs)]  # fmt: skip
+        by_window = {f"{a:g}-{b:g}": paper(f"window {a:g} to {b:g}", time_min=a, time_max=b) for a, b in windows}
+        by_epochs = {f"{epochs}": paper(f"{epochs} epochs", discriminators=trained)
+                     for epochs, trained in self.sweep_trainings(epoch_scales).items()}  # fmt: skip
+        by_weight["0"] = self.arm("unguided sampling", n=n)
+        return {"weight": by_weight, "window": by_window, "epochs": by_epochs}
+
+    def ensemble_arms(self) -> dict[str, ImageSet]:
+        """Notebook 06: every member alone, every correct rule, and the raw-logit fault with all and with one."""
+        rules = [rule for rule in RULES if rule != "raw_logits_as_probabilities"]
+        guidance = {"unguided": None}
+        guidance |= {name.lower(): self.guidance((i,)) for i, name in enumerate(self.member_names)}
+        guidance |= {rule: self.guidance(self.everyone, rule) for rule in rules}
+        guidance |= {"raw_all": self.guidance(self.everyone, "raw_logits_as_probabilities"),
+                     "raw_one": self.guidance((0,), "raw_logits_as_probabilities")}
+        return {name: self.arm(name, rule) for name, rule in guidance.items()}
+
+    # ---- scores
+
+    @property
+    def reference(self) -> RealSet:
+        """The real images that arms are scored against."""
+        return RealSet(self.dataset, self.reference_split, self.num_reference)
+
+    @property
+    def floor(self) -> RealSet:
+        """Other real images, test images, as many as an arm has or there are: what a perfect sampler would score."""
+        start = self.num_reference if self.reference_split == "test" else 0
+        return RealSet(self.dataset, "test", min(self.num_eval, datasets.TEST_IMAGES - start), start)
+
+    def scores(self, arm: ImageSet | RealSet, space: str | None = None) -> Scores:
+        """Scores of an arm in a feature space (default: the first of `feature_spaces`)."""
+        return evaluate(self.store, arm, self.reference, space or self.feature_spaces[0], self.num_resamples)

@@ -1,0 +1,286 @@
+"""A reader of NVIDIA's network pickles that runs nothing they name.
+
+A pickle is a program for a stack machine, and may call any function of any module. The machine here knows only
+the opcodes and the calls that those files are made of. It never looks a name up: what it builds are numbers,
+text, plain containers, tensors and `Saved` objects. A file that names anything else is refused, with the names.
+"""
+
+import io
+import math
+import pickletools
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name in the file, as inert as the text it is."""
+
+    module: str
+    name: str
+
+
+@dataclass
+class Saved:
+    """An object in the file: its class's name, its constructor's arguments and its attributes; never its code."""
+
+    class_name: str
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    state: dict = field(default_factory=dict)
+
+
+class _Malformed(Exception):
+    """The file is not what its kind should be; the text says where."""
+
+
+def _expect(condition, text: str) -> None:
+    if not condition:
+        raise _Malformed(text)
+
+
+# ---- the calls that the files are made of ------------------------------------------------
+
+
+def _saved(meta):
+    """torch_utils.persistence: class name and attributes; the class's source, also in `meta`, is dropped."""
+    _expect(type(meta) is dict and meta.get("type") == "class" and type(meta.get("class_name")) is str
+            and type(meta.get("state")) is dict, "a persistent object without class name and state")  # fmt: skip
+    state = dict(meta["state"])
+    args, kwargs = state.pop("_init_args", None) or (), state.pop("_init_kwargs", None) or {}
+    _expect(type(args) is tuple and type(kwargs) is dict, "a persistent object without arguments")
+    return Saved(meta["class_name"], args, kwargs, state)
+
+
+def _storage(data):
+    """The bytes that torch.save made of one tensor's numbers."""
+    _expect(type(data) is bytes, "a tensor without bytes")
+    storage = load_weights_only(io.BytesIO(data))
+    _expect(type(storage) is torch.storage.TypedStorage, "tensor bytes that hold something else")
+    return storage
+
+
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None):
+    """A view of a storage, copied; it must lie inside, and hold no more elements than the storage does."""
+    _expect(type(storage) is torch.storage.TypedStorage and type(size) is type(stride) is tuple
+            and all(type(v) is int and v >= 0 for v in (offset, *size, *stride)) and len(size) == len(stride),
+            "a tensor without storage or shape")  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # typed storages are deprecated, but what the files hold
+        dtype, data, length = storage.dtype, storage.untyped(), storage.size()
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    _expect(math.prod(size) <= length and (0 in size or last < length), "a tensor larger than its storage")
+    return torch.empty(0, dtype=dtype).set_(data, offset, size, stride).clone(memory_format=torch.contiguous_format)
+
+
+def _parameter(tensor, requires_grad=False, hooks=None):
+    _expect(type(tensor) is torch.Tensor, "a parameter without tensor")
+    return tensor
+
+
+def _dtype(text, align=False, copy=True):
+    _expect(type(text) is str and re.fullmatch("b1|[iuf][1248]", text), "a NumPy type other than of numbers")
+    return np.dtype(text)
+
+
+def _scalar(dtype, data):
+    """A NumPy number, as Python's own."""
+    _expect(type(data) is bytes and isinstance(dtype, np.dtype) and len(data) == dtype.itemsize, "a broken number")
+    return np.frombuffer(data, dtype)[0].item()
+
+
+def _dict():
+    return {}
+
+
+def _set(members):
+    _expect(type(members) is list, "a set without members")
+    return set(_keys(members))
+
+
+def _module_dict():
+    return Saved("ModuleDict")
+
+
+_CALLS = {
+    Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _saved,
+    Global("torch.nn.modules.container", "ModuleDict"): _module_dict,
+    Global("torch._utils", "_rebuild_parameter"): _parameter,
+    Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    Global("torch.storage", "_load_from_bytes"): _storage,
+    Global("numpy", "dtype"): _dtype,
+    Global("numpy.core.multiarray", "scalar"): _scalar,
+    Global("numpy._core.multiarray", "scalar"): _scalar,  # its name since NumPy 2
+    Global("collections", "OrderedDict"): _dict,
+    Global("dnnlib.util", "EasyDict"): _dict,  # a dict whose items are attributes too
+    Global("builtins", "set"): _set,
+}
+
+
+# ---- the machine -------------------------------------------------------------------------
+
+
+def _keys(values):
+    """Keys are text or numbers: nothing whose hash takes long or recurses."""
+    _expect(all(type(v) in (str, int, float, bool) for v in values), "a key that is neither text nor number")
+    return values
+
+
+class _Machine:
+    def __init__(self):
+        self.stack, self.marks, self.memo, self.refused = [], [], {}, []
+
+    def run(self, stream):
+        """The object that the pickle makes. Raises _Malformed, ValueError, IndexError, KeyError or TypeError."""
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self.step(opcode.name, argument)
+
+    def pop(self, n):
+        _expect(len(self.stack) - n >= (self.marks[-1] if self.marks else 0), "an empty stack")
+        items = self.stack[len(self.stack) - n :]
+        del self.stack[len(self.stack) - n :]
+        return items
+
+    def pop_to_mark(self):
+        items = self.pop(len(self.stack) - self.marks[-1])
+        self.marks.pop()
+        return items
+
+    def into(self, kind):
+        """The container on top of the stack, of exactly this kind."""
+        _expect(type(self.stack[-1]) is kind, f"items for a {kind.__name__} that is none")
+        return self.stack[-1]
+
+    def name(self, module, name):
+        _expect(type(module) is type(name) is str, "a name that is no text")
+        named = Global(module, name)
+        if named not in _CALLS:
+            self.refused.append(f"{module}.{name}")
+        self.stack.append(named)
+
+    def step(self, opcode, argument):
+        push = self.stack.append
+        match opcode:
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case ("BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINUNICODE" | "BINUNICODE"
+                  | "BINUNICODE8" | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8"):  # fmt: skip
+                push(argument)
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_SET":
+                push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[opcode]())
+            case "MARK":
+                self.marks.append(len(self.stack))
+            case "TUPLE":
+                push(tuple(self.pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                push(tuple(self.pop(int(opcode[-1]))))
+            case "APPEND" | "APPENDS":
+                items = self.pop(1) if opcode == "APPEND" else self.pop_to_mark()
+                self.into(list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = self.pop(2) if opcode == "SETITEM" else self.pop_to_mark()
+                self.into(dict).update(zip(_keys(items[::2]), items[1::2], strict=True))
+            case "ADDITEMS":
+                items = self.pop_to_mark()
+                self.into(set).update(_keys(items))
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                push(self.memo[argument])
+            case "GLOBAL":
+                self.name(*argument.split(" ", 1))
+            case "STACK_GLOBAL":
+                self.name(*self.pop(2))
+            case "REDUCE" | "NEWOBJ":
+                function, arguments = self.pop(2)
+                _expect(type(arguments) is tuple, "a call without arguments")
+                known = type(function) is Global and function in _CALLS
+                _expect(known or self.refused, "a call of something that is no name")
+                push(_CALLS[function](*arguments) if known else function)
+            case "BUILD":
+                (state,) = self.pop(1)
+                if type(self.stack[-1]) is Saved:
+                    _expect(type(state) is dict, "an object without attributes")
+                    self.stack[-1].state.update(state)
+                else:  # a NumPy type's byte order is all that else has a state here
+                    _expect(isinstance(self.stack[-1], np.dtype) and type(state) is tuple and len(state) > 1
+                            and state[1] in ("<", "|"), "attributes for something that has none")  # fmt: skip
+            case _:
+                self.refused.append(f"opcode {opcode}")
+                raise _Malformed
+
+
+def read_pickle(path: Path):
+    """What a network pickle holds, as plain containers, tensors and `Saved` objects. Nothing of it is run.
+
+    Raises UserError if the file is unreadable, cut short, or names anything beyond what network pickles need.
+    """
+    machine = _Machine()
+    try:
+        found = machine.run(io.BytesIO(Path(path).read_bytes()))
+    except UserError as error:
+        raise UserError(f"{path} refused: the bytes of a tensor in it: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    except (_Malformed, ValueError, IndexError, KeyError, TypeError) as error:
+        if not machine.refused:
+            raise UserError(f"{path} is not a network pickle, or is cut short ({error}): get it again") from error
+    if machine.refused:
+        names = ", ".join(sorted(set(machine.refused)))
+        raise UserError(f"{path} refused: it names {names}, which no network needs; nothing of it was run")
+    return found
+
+
+def state_dict(module: Saved, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers of a saved torch module, named as torch names them.
+
+    Raises UserError if the object is not a torch module.
+    """
+    tensors, pending, seen = {}, [(prefix, module)], set()
+    while pending:
+        prefix, module = pending.pop(0)
+        parts = [module.state.get(key) for key in ("_parameters", "_buffers", "_modules")] if (
+            type(module) is Saved and id(module) not in seen) else [None]  # fmt: skip
+        if not all(type(part) is dict for part in parts):
+            raise UserError(f"the object at '{prefix}' is not a torch module of its own")
+        seen.add(id(module))
+        parameters, buffers, children = parts
+        passing = module.state.get("_non_persistent_buffers_set", ())
+        for key, value in (parameters | {k: v for k, v in buffers.items() if k not in passing}).items():
+            if type(value) is torch.Tensor:
+                tensors[f"{prefix}{key}"] = value
+            elif value is not None:
+                raise UserError(f"{prefix}{key} is not a tensor")
+        pending[:0] = [(f"{prefix}{key}.", child) for key, child in children.items() if child is not None]
+    return tensors
+
+
+# ---- torch's own files -------------------------------------------------------------------
+
+
+def load_weights_only(file):
+    """torch.load(weights_only=True), whose refusals become one line that does not advise to lift them.
+
+    file: path or stream. Raises UserError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles, about to be refused
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zipfile's, torch's and plain RuntimeErrors
+        if named := re.search(r"GLOBAL `?([\w.]+)", str(error)):
+            raise UserError(f"it names {named[1]}, which no weights need; nothing of it was run") from error
+        raise UserError("it is not a file of tensors as torch saves them, or is cut short") from error

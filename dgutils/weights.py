@@ -1,0 +1,290 @@
+"""Published weights: what there is, where it comes from, and whether the file at hand is the right one.
+
+`assets/registry.yaml` describes the files; they lie in `paths.weights_dir()`, fetched or put there by hand. Only
+`fetch` touches the network. A file's sha256 is recorded in `checksums.json` beside it when it is first fetched or
+used, and enforced from then on. A folder with a file REHEARSAL holds random stand-ins (dgutils/standins.py).
+"""
+
+import functools
+import hashlib
+import http.client
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from .errors import UserError
+from .paths import weights_dir
+
+REGISTRY = Path(__file__).parent / "assets" / "registry.yaml"
+REHEARSAL = "REHEARSAL"
+_MAGIC = {".pkl": (b"\x80",), ".pt": (b"PK", b"\x80"), ".npz": (b"PK",)}  # \x80: a pickle; PK: a zip archive
+
+
+@dataclass(frozen=True)
+class Published:
+    """One file of the registry.
+
+    kind: denoiser, extractor, discriminator, inception or data; config: of its network, where it has one of ours;
+    clock: "cosine" if its network reads time by the cosine schedule (noise.vp_to_cosine_time);
+    url: of the file, or of the Google Drive folder that has it; bytes, sha256: enforced where known.
+    """
+
+    name: str
+    kind: str
+    what: str
+    file: str
+    url: str
+    licence: str
+    megabytes: float
+    config: dict | None = None
+    clock: str = "linear"
+    bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return weights_dir() / self.file
+
+
+@dataclass(frozen=True)
+class Status:
+    """A file of the registry on this machine; state: absent, verified, unrecorded (its first use), altered."""
+
+    published: Published
+    state: str
+    bytes: int  # on disk; of an absent file: known or estimated
+
+
+@functools.cache
+def registry() -> dict[str, Published]:
+    """All published files by name."""
+    return {name: Published(name, **fields) for name, fields in yaml.safe_load(REGISTRY.read_text()).items()}
+
+
+def published(name: str) -> Published:
+    """The registry's entry `name`. Raises UserError, naming those that exist."""
+    if name not in registry():
+        raise UserError(f"no published file '{name}'; there are: {', '.join(registry())}")
+    return registry()[name]
+
+
+def mentioned(parameters: dict) -> list[str]:
+    """The published files that a profile's parameters name, in their order."""
+    values = [v for value in parameters.values() for v in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(v for v in values if isinstance(v, str) and v in registry()))
+
+
+def is_rehearsal() -> bool:
+    """Whether the weights folder holds random stand-ins."""
+    return (weights_dir() / REHEARSAL).exists()
+
+
+# ---- checksums ---------------------------------------------------------------------------
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file, computed once while the file stays the same by its inode, size and time of change."""
+    stat = path.stat()
+    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path, inode, size, changed):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _records() -> dict:
+    path = weights_dir() / "checksums.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it, or delete it to record anew") from error
+
+
+def _known(entry: Published) -> dict:
+    """The size and sha256 that a file must have, as far as the registry or an earlier use tells."""
+    stated = {"bytes": entry.bytes, "sha256": entry.sha256}
+    return _records().get(entry.file, {}) | {key: value for key, value in stated.items() if value is not None}
+
+
+def _difference(entry: Published, path: Path) -> str | None:
+    """What is wrong with a file, in words; None if nothing is known to be."""
+    known, size = _known(entry), path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start.startswith(_MAGIC[Path(entry.file).suffix]):
+        return f"begins like a web page or another format, not like a {Path(entry.file).suffix} file"
+    if size != known.get("bytes", size):
+        return f"has {size:,} bytes, not the {known['bytes']:,} expected"
+    if "sha256" in known and sha256_of(path) != known["sha256"]:
+        return f"has sha256 {sha256_of(path)[:16]}..., not the {known['sha256'][:16]}... expected"
+    return None
+
+
+def record(name: str) -> None:
+    """Remember a file's size and sha256, to be enforced from now on. Call it when the file has proved readable."""
+    entry, records = published(name), _records()
+    if entry.file in records:
+        return
+    records[entry.file] = {"bytes": entry.path.stat().st_size, "sha256": sha256_of(entry.path), "url": entry.url}
+    path = weights_dir() / "checksums.json"
+    temporary = path.with_name(f".checksums.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): set DGUTILS_WEIGHTS to a folder where you can; "
+                        "links to the files will do") from error
+
+
+def find(name: str) -> Path:
+    """The file of `name`, checked. Raises UserError if it is absent or altered, saying how to get it."""
+    entry = published(name)
+    if not entry.path.is_file():
+        where = "a file of" if _is_drive(entry.url) else "from"
+        raise UserError(f"{entry.file} is not in {weights_dir()}: run `python -m dgutils fetch {name}`, "
+                        f"or download it by hand ({where} {entry.url}) and put it there")
+    if difference := _difference(entry, entry.path):
+        raise UserError(f"{entry.path} {difference}: delete it and fetch it again, or, if you replaced it on "
+                        f"purpose, remove its entry from {weights_dir() / 'checksums.json'}")
+    return entry.path
+
+
+def status(names: Iterable[str]) -> list[Status]:
+    """What is here, and what a fetch would bring. Touches no network."""
+    found = []
+    for entry in map(published, names):
+        known = _known(entry)
+        if not entry.path.is_file():
+            found.append(Status(entry, "absent", known.get("bytes") or int(entry.megabytes * 1e6)))
+        else:
+            intact = "verified" if "sha256" in known else "unrecorded"
+            state = "altered" if _difference(entry, entry.path) else intact
+            found.append(Status(entry, state, entry.path.stat().st_size))
+    return found
+
+
+# ---- download ----------------------------------------------------------------------------
+
+
+def _is_drive(url: str) -> bool:
+    return url.startswith("https://drive.google.com/")
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, fp, code, msg, headers, newurl):
+        _require_https(newurl)
+        return super().redirect_request(request, fp, code, msg, headers, newurl)
+
+
+def _require_https(url):
+    if not url.startswith("https://"):
+        raise UserError(f"{url} is not https: weights are fetched over https only")
+
+
+def _open(url: str, headers: dict):
+    """A response whose whole way is https."""
+    _require_https(url)
+    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"} | headers)
+    return urllib.request.build_opener(_HttpsOnly).open(request, timeout=60)
+
+
+def _tag_file(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".tag")
+
+
+def _transfer(url: str, partial: Path, open_url: Callable) -> None:
+    """One connection: append to `partial` what it lacks, or start over if the file at `url` is another by now.
+
+    The server's tag (ETag or date) is kept beside the partial file, so that two versions never mix. Raises OSError
+    or HTTPException when the connection breaks.
+    """
+    tag_file = _tag_file(partial)
+    tag = tag_file.read_text() if tag_file.exists() else ""
+    start = partial.stat().st_size if tag and partial.exists() else 0
+    with open_url(url, {"Range": f"bytes={start}-", "If-Range": tag} if start else {}) as response:
+        if response.status != 206:
+            start = 0
+        tag_file.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with (open(partial, "r+b" if start else "wb") as file,
+              tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.name) as bar):  # fmt: skip
+            file.truncate(file.seek(start))
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+        if total is not None and partial.stat().st_size != total:
+            raise ConnectionError(f"the connection broke at {partial.stat().st_size:,} of {total:,} bytes")
+
+
+def _from_url(url: str, partial: Path, open_url: Callable) -> None:
+    """Download with as many connections as it takes, while each brings something."""
+    while True:
+        before = partial.stat().st_size if partial.exists() else 0
+        try:
+            _transfer(url, partial, open_url)
+            return _tag_file(partial).unlink()
+        except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise
+            partial.unlink()  # 416: there is nothing beyond what we have, so that is not this file
+        except (OSError, http.client.HTTPException):
+            if not partial.exists() or partial.stat().st_size <= before:
+                raise
+
+
+def _from_drive(entry: Published, partial: Path) -> None:
+    """A file of a public Google Drive folder, through the gdown library, which resumes too."""
+    import gdown
+
+    listed = gdown.download_folder(entry.url, skip_download=True, quiet=True, use_cookies=False)
+    ids = [file.id for file in listed if Path(file.path).name == entry.file]
+    if not ids:
+        raise FileNotFoundError(f"the folder {entry.url} lists no {entry.file}")
+    gdown.download(id=ids[0], output=str(partial), resume=True, use_cookies=False, retries=3)
+
+
+def fetch(names: Iterable[str], open_url: Callable = _open) -> None:
+    """Bring the named files into the weights folder: https only, resumed, verified, renamed when whole.
+
+    open_url(url, headers) -> response is there for tests. Raises UserError, which says what to do by hand.
+    """
+    if is_rehearsal():
+        raise UserError(f"{weights_dir()} holds a rehearsal's stand-ins: set DGUTILS_WEIGHTS to another folder")
+    for entry in [published(name) for name in names]:
+        if entry.path.is_file():
+            print(f"{find(entry.name)}: here already")
+            continue
+        partial = weights_dir() / "partial" / entry.file
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            if _is_drive(entry.url):
+                _from_drive(entry, partial)
+            else:
+                _from_url(entry.url, partial, open_url)
+            difference = _difference(entry, partial)
+            if not difference:
+                os.replace(partial, entry.path)
+        except UserError:
+            raise
+        except Exception as error:  # urllib's, gdown's and requests' are a dozen types; all mean: not fetched
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"cannot fetch {entry.file} ({reason}): run the same command again to go on, or download "
+                            f"it by hand from {entry.url} to {entry.path}") from error
+        if difference:
+            partial.unlink()
+            raise UserError(f"what {entry.url} sent for {entry.file} {difference}, and was deleted: try again; if the "
+                            f"publisher changed it, remove its entry from {weights_dir() / 'checksums.json'}")
+        record(entry.name)
+        print(f"{entry.path}: fetched, sha256 {sha256_of(entry.path)}")

@@ -1,0 +1,330 @@
+"""Published networks: read in their authors' formats, refused by name when they do not fit."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dgutils import adm, checkpoints, standins, weights
+from dgutils.adm import EncoderUNet
+from dgutils.errors import UserError
+from dgutils.inspection import inspect
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = dict(img_resolution=8, img_channels=3, sigma_data=0.5, model_channels=8, channel_mult=[1, 2], num_blocks=1,
+             attn_resolutions=[4], augment_dim=9)  # fmt: skip
+VP = SMALL | dict(label_dim=0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
+                  decoder_type="standard", resample_filter=[1, 1])  # fmt: skip
+VE = SMALL | dict(label_dim=10, embedding_type="fourier", channel_mult_noise=2, encoder_type="residual",
+                  decoder_type="standard", resample_filter=[1, 3, 3, 1])  # fmt: skip
+ADM = dict(image_size=16, in_channels=3, model_channels=32, out_channels=10, num_res_blocks=1,
+           attention_resolutions=[2], channel_mult=[1, 2], num_head_channels=32)  # fmt: skip
+HEAD = dict(image_size=8, in_channels=64, model_channels=32, out_channels=1, num_res_blocks=1,
+            attention_resolutions=[1], channel_mult=[1], num_head_channels=32, num_classes=0)  # fmt: skip
+
+
+def entry(name, kind, config, suffix="pt", **fields):
+    return weights.Published(name, kind, f"small {name}", f"{name}.{suffix}", f"https://weights.test/{name}", "MIT", 1,
+                             config, **fields)  # fmt: skip
+
+
+ENTRIES = [
+    entry("edm_vp", "denoiser", VP, "pkl"), entry("edm_ve", "denoiser", VE, "pkl"), entry("small32", "extractor", ADM),
+    entry("small64", "extractor", ADM | dict(image_size=32, channel_mult=[1, 1, 2]), clock="cosine"),
+    entry("uncond", "discriminator", HEAD), entry("cond", "discriminator", HEAD | {"num_classes": 1000}),
+    entry("inception", "inception", None), entry("stats", "data", None, "npz"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DGUTILS_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(weights, "registry", lambda: {e.name: e for e in ENTRIES})
+    checkpoints._load.cache_clear()
+    yield tmp_path
+    checkpoints._load.cache_clear()
+
+
+def place(folder, name, data=None):
+    source = FIXTURES / f"{name}.pkl"
+    (folder / weights.published(name).file).write_bytes(source.read_bytes() if data is None else data)
+
+
+def save(folder, name, obj, **options):
+    torch.save(obj, folder / weights.published(name).file, **options)
+
+
+def encoder(name, **changes):
+    torch.manual_seed(0)
+    return EncoderUNet(**weights.published(name).config | changes)
+
+
+# ---- EDM ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["edm_vp", "edm_ve"])
+def test_the_references_pickle_gives_the_references_output(name, folder):
+    place(folder, name)
+    network, kind = checkpoints.load_denoiser(name), name[-2:]
+    given = load_file(FIXTURES / "edm_pickles.safetensors")
+    labels = given[f"{kind}.labels"] if network.label_dim else None
+    out = network(given[f"{kind}.x"], given[f"{kind}.sigma"], labels)
+    assert (out - given[f"{kind}.out"]).abs().max() <= 1e-6  # of outputs up to 2.5, in float32
+    assert not network.training and all(p.dtype == torch.float32 and not p.requires_grad for p in network.parameters())
+    assert checkpoints.clock(name) == "linear"
+
+
+def test_conversion_happens_once_until_the_file_changes(folder, monkeypatch):
+    place(folder, "edm_ve")
+    checkpoints.load_denoiser("edm_ve")
+    converted = folder / "converted" / "edm_ve.safetensors"
+    tensors, metadata = checkpoints.read_tensors(converted)
+    manifest = json.loads(metadata["manifest"])
+    assert manifest["source"] == "edm_ve.pkl" and manifest["sha256"] == checkpoints.weights_digest("edm_ve")
+    assert manifest["network"] == "EDMPrecond around SongUNet" and manifest["config"]["label_dim"] == 10
+    assert manifest["other_entries"]["augment_pipe"] == "AugmentPipe" and manifest["use_fp16"] is False
+    assert all(v.dtype == torch.float32 for v in tensors.values())
+    checkpoints._load.cache_clear()
+    real = checkpoints.read_edm
+    monkeypatch.setattr(checkpoints, "read_edm", lambda path: pytest.fail("converted a second time"))
+    checkpoints.load_denoiser("edm_ve")
+    monkeypatch.setattr(checkpoints, "read_edm", real)
+    (folder / "checksums.json").unlink()
+    network, config = checkpoints.load_denoiser("edm_ve"), VE
+    with torch.no_grad():
+        network.model.map_layer0.bias += 1
+    standins.write_edm(folder / "edm_ve.pkl", network, config)
+    checkpoints._load.cache_clear()
+    assert torch.equal(checkpoints.load_denoiser("edm_ve").model.map_layer0.bias, network.model.map_layer0.bias)
+
+
+def test_conditional_network_in_the_place_of_the_unconditional(folder):
+    place(folder, "edm_vp", (FIXTURES / "edm_ve.pkl").read_bytes())
+    with pytest.raises(UserError, match=r"edm_vp.pkl is not the small edm_vp: label_dim is 10, not 0; embedding_type "
+                       "is fourier, not positional.*has the structure of edm_ve .*one file put in the other's place"):
+        checkpoints.load_denoiser("edm_vp")
+    assert not (folder / "checksums.json").exists()
+
+
+def renamed(old, new):
+    """The reference's pickle with one text in it replaced by another of the same length."""
+    data = (FIXTURES / "edm_vp.pkl").read_bytes()
+    assert len(old) == len(new) and old in data
+    return data.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "data, fault",
+    [
+        (renamed(b"EDMPrecond", b"iDMPrecond"), "holds iDMPrecond around SongUNet; supported is EDMPrecond around"),
+        (renamed(b"SongUNet", b"DhariwaU"), "holds EDMPrecond around DhariwaU"),
+        (renamed(b"\x03ema", b"\x03net"), "has no network under 'ema'"),
+        (renamed(b"encoder_type", b"encoder_kind"), r"arguments that are unknown here: \['encoder_kind'\]"),
+    ],
+)
+def test_other_networks_in_a_pickle_are_named(data, fault, folder):
+    place(folder, "edm_vp", data)
+    with pytest.raises(UserError, match=fault):
+        checkpoints.load_denoiser("edm_vp")
+
+
+# ---- state dicts -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_state_dicts(folder, options):
+    extractor, head = encoder("small32"), encoder("uncond")
+    save(folder, "small32", extractor.state_dict(), **options)
+    save(folder, "uncond", {k: v.half() for k, v in head.state_dict().items()}, **options)
+    x, time = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 0.9])
+    assert torch.equal(checkpoints.load_feature_extractor("small32")(x, time), extractor.eval()(x, time))
+    loaded = checkpoints.load_discriminator("uncond")
+    assert not hasattr(loaded, "label_emb") and loaded.time_embed[0].weight.dtype == torch.float32
+    assert set(json.loads((folder / "checksums.json").read_text())) == {"small32.pt", "uncond.pt"}
+
+
+@pytest.mark.parametrize("classes", [1000, 10])
+def test_class_conditional_head(folder, classes):
+    save(folder, "cond", encoder("cond", num_classes=classes).state_dict())
+    head = checkpoints.load_discriminator("cond")
+    assert head.label_emb.weight.shape == (classes, 128)
+    assert head(torch.randn(2, 64, 8, 8), 0.5, torch.tensor([3, 9])).shape == (2, 1)
+
+
+def test_cosine_clock_of_the_64_pixel_extractor(folder):
+    save(folder, "small64", encoder("small64").state_dict())
+    assert checkpoints.load_feature_extractor("small64").feature_shape == (64, 8, 8)
+    assert checkpoints.clock("small64") == "cosine" and checkpoints.clock("small32") == "linear"
+    assert checkpoints.clock("fashion-mnist-adm") == "linear"
+
+
+@pytest.mark.parametrize(
+    "name, given, fault",
+    [
+        ("uncond", "cond", r"has label_emb.weight; it has the structure of cond \(small cond\)"),
+        ("cond", "uncond", "lacks label_emb.weight; it has the structure of uncond"),
+        ("small32", "small64", r"has input_blocks.4.0.\w+.* and \d+ more.*structure of small64"),
+        ("small64", "small32", r"lacks input_blocks.4.0.\w+.* and \d+ more.*structure of small32"),
+        ("small32", "uncond", r"is \[32, 64, 3, 3\], not \[32, 3, 3, 3\].*structure of uncond"),
+        ("uncond", "small32", r"is \[32, 3, 3, 3\], not \[32, 64, 3, 3\].*structure of small32"),
+    ],
+)
+def test_one_network_in_the_place_of_another(name, given, fault, folder):
+    save(folder, name, encoder(given).state_dict())
+    load = checkpoints.load_discriminator if name in ("cond", "uncond") else checkpoints.load_feature_extractor
+    with pytest.raises(UserError, match=f"{name}.pt is not the small {name}: it .*{fault}"):
+        load(name)
+    assert not (folder / "checksums.json").exists()  # a file that does not fit is not remembered
+
+
+@pytest.mark.parametrize(
+    "make, fault",
+    [
+        (lambda state: {f"module.{k}": v for k, v in state.items()}, "as DataParallel saves them"),
+        (lambda state: {"state_dict": state, "epoch": 60}, "not a state dict but a dict of state_dict, epoch: a"),
+        (lambda state: [*state.values()], "not a state dict but list"),
+        (lambda state: state | {"out.3.weight": torch.ones(1)}, "has out.3.weight; it fits no network of the registry"),
+        (lambda state: {}, "lacks .* and .* more; it fits no network"),
+    ],
+)
+def test_misfits_are_named_with_their_cause(make, fault, folder):
+    save(folder, "uncond", make(encoder("uncond").state_dict()))
+    with pytest.raises(UserError, match=fault):
+        checkpoints.load_discriminator("uncond")
+
+
+def test_names(folder):
+    with pytest.raises(UserError, match="no network 'edm'; shipped: .*fashion-mnist-edm.*; published: edm_vp, edm_ve"):
+        checkpoints.load_denoiser("edm")
+    with pytest.raises(UserError, match="'uncond' is no extractor but: small uncond"):
+        checkpoints.load_feature_extractor("uncond")
+    with pytest.raises(UserError, match="edm_vp.pkl is not in .*: run `python -m dgutils fetch edm_vp`"):
+        checkpoints.load_denoiser("edm_vp")
+    with pytest.raises(UserError, match="is a EncoderUNet, not a Denoiser"):
+        checkpoints.load_denoiser("fashion-mnist-adm")
+    assert checkpoints.image_shape("edm_vp") == (3, 8, 8) and checkpoints.network_config("small32") == ADM
+    assert checkpoints.image_shape("fashion-mnist-edm") == (1, 32, 32)
+
+
+def test_weights_digest_is_the_files(folder):
+    place(folder, "edm_vp")
+    first = checkpoints.weights_digest("edm_vp")
+    assert first == weights.sha256_of(FIXTURES / "edm_vp.pkl")
+    place(folder, "edm_vp", b"\x80" + bytes(10))
+    assert checkpoints.weights_digest("edm_vp") != first
+    assert checkpoints.weights_digest("fashion-mnist-edm") == checkpoints.model_card("fashion-mnist-edm")["sha256"]
+
+
+def test_registry_and_architectures_agree():
+    def plain(config):
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+
+    assert weights.published("32x32_classifier").config == plain(adm.PUBLISHED_EXTRACTOR)
+    assert weights.published("discriminator_60").config == plain(adm.PUBLISHED_HEAD) | {"num_classes": 0}
+    counts = {name: sum(math.prod(shape) for shape in checkpoints._shapes(e.kind, e.config).values())
+              for name, e in weights.registry().items() if e.config}  # fmt: skip
+    for name, count in counts.items():  # 4 bytes a number; an EDM file also has about 0.2 MB of structure
+        assert abs(weights.published(name).megabytes - count * 4e-6) < 1.0
+    assert counts["64x64_classifier"] == 65_438_568 and counts["discriminator_250"] == 3_395_841
+
+
+# ---- inspect -----------------------------------------------------------------------------
+
+
+def test_inspect_a_pickle(folder):
+    lines = inspect(FIXTURES / "edm_ve.pkl")
+    text = "\n".join(lines)
+    assert lines[0].endswith("edm_ve.pkl: pickle") and weights.sha256_of(FIXTURES / "edm_ve.pkl") in lines[1]
+    for part in ("entry ema: EDMPrecond around SongUNet, use_fp16 False", "entry loss_fn: EDMLoss",
+                 "label_dim=10", "resample_filter=[1, 3, 3, 1]", "49,163 numbers in 153 tensors, float16",
+                 "  model.map_noise.freqs [8]", "class-conditional: labels [16, 10]",
+                 "structure of: edm_ve"):  # fmt: skip
+        assert part in text, text
+
+
+def test_inspect_the_other_formats(folder):
+    save(folder, "cond", encoder("cond").state_dict())
+    save(folder, "uncond", encoder("uncond").state_dict(), _use_new_zipfile_serialization=False)
+    assert inspect(folder / "cond.pt")[0].endswith("torch file (zip)")
+    assert inspect(folder / "cond.pt")[-2:] == ["class-conditional: labels [1000, 128]", "structure of: cond"]
+    assert inspect(folder / "uncond.pt")[0].endswith("torch file (before 1.6)")
+    shipped = "\n".join(inspect(checkpoints.ASSETS / "fashion-mnist-edm.safetensors"))
+    assert "safetensors" in shipped and "structure of: no network of the registry" in shipped
+    np.savez(folder / "stats.npz", mu=np.zeros(3), sigma=np.zeros((3, 3), np.float32))
+    assert inspect(folder / "stats.npz")[2:] == ["  mu [3] float64", "  sigma [3, 3] float32"]
+    np.savez(folder / "evil.npz", mu=np.array([{}], object))
+    assert inspect(folder / "evil.npz")[-1].startswith("REFUSED: Object arrays cannot be loaded")
+    data = bytearray((folder / "stats.npz").read_bytes())
+    directory = data.rindex(b"PK\x01\x02")
+    for damaged in (data.index(b"NUMPY"), directory):  # an array, and the list of arrays
+        (folder / "evil.npz").write_bytes(data[:damaged] + b"????" + data[damaged + 4 :])
+        assert len(inspect(folder / "evil.npz")) == 3
+    (folder / "page.pt").write_bytes(b"<html>")
+    assert inspect(folder / "page.pt")[2:] == ["begins with b'<html>'"]
+    (folder / "evil.pkl").write_bytes(b"\x80\x04cos\nsystem\nctorch.hub\nload\n\x86.")
+    assert "REFUSED: " in inspect(folder / "evil.pkl")[-1]
+    assert "it names os.system, torch.hub.load, which" in inspect(folder / "evil.pkl")[-1]
+    with pytest.raises(UserError, match="no file"):
+        inspect(folder / "absent.pt")
+
+
+# ---- stand-ins ---------------------------------------------------------------------------
+
+
+def test_stand_ins_are_loaded_like_the_real_files(folder, monkeypatch):
+    names = ["edm_vp", "edm_ve", "small32", "uncond", "cond"]
+    standins.write_stand_ins(folder / "rehearsal", names, seed=7)
+    monkeypatch.setenv("DGUTILS_WEIGHTS", str(folder / "rehearsal"))
+    assert weights.is_rehearsal()
+    x = 80 * torch.randn(2, 3, 8, 8)
+    for name in ("edm_vp", "edm_ve"):
+        out = checkpoints.load_denoiser(name)(x, 80.0)
+        assert out.isfinite().all() and 0.05 < out.std() < 5
+    features = checkpoints.load_feature_extractor("small32").features(torch.randn(2, 3, 16, 16), 0.5)
+    logit = checkpoints.load_discriminator("uncond")(features, 0.5)
+    assert logit.isfinite().all() and logit.abs().min() > 0
+    assert checkpoints.load_discriminator("cond").label_emb.num_embeddings == 1000
+    before = {name: checkpoints.weights_digest(name) for name in names}
+    standins.write_stand_ins(folder / "rehearsal", names, seed=7)  # kept, so that what was computed stays valid
+    assert before == {name: checkpoints.weights_digest(name) for name in names}
+    for other in (lambda: standins.write_stand_ins(folder / "rehearsal", names, seed=8),
+                  lambda: standins.write_stand_ins(FIXTURES, names)):  # fmt: skip
+        with pytest.raises(UserError, match="give an empty folder"):
+            other()
+    with pytest.raises(UserError, match="'stats' holds data, not weights"):
+        standins.write_stand_ins(folder / "rehearsal", ["stats"], seed=7)
+
+
+def test_inception_stand_in_goes_through_clean_fids_loader(folder):
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    stand_in = dataclasses.replace(weights.published("inception"), file="inception-2015-12-05.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "registry", lambda: {"inception": stand_in})
+        standins.write_stand_ins(folder / "rehearsal", ["inception"])
+    network = InceptionV3W(str(folder / "rehearsal"), download=False, resize_inside=True).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32)).float()
+    with torch.no_grad():
+        features = network(images)
+        network.resize_inside = False
+        resized = network(torch.nn.functional.interpolate(images, (299, 299), mode="bilinear"))
+    assert features.shape == (2, 2048) and features.isfinite().all() and features.std() > 0.1
+    assert torch.allclose(features, resized, atol=1e-3)
+    lines = inspect(folder / "rehearsal" / "inception-2015-12-05.pt")
+    assert lines[0].endswith("TorchScript archive") and "here they were not" in lines[2]
+
+
+def test_loading_needs_none_of_the_references_packages(folder):
+    place(folder, "edm_vp")
+    code = ("import sys; from dgutils import checkpoints; checkpoints.read_edm(sys.argv[1]); "
+            "print([m for m in sys.modules if m.split('.')[0] in ('dnnlib', 'torch_utils', 'training', "
+            "'guided_diffusion')])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, folder / "edm_vp.pkl"], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

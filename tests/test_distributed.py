@@ -1,0 +1,296 @@
+"""Ranks under torchrun, joined by Gloo on the CPU: what they make is what one process makes, whatever happens."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import test_jobs as tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgutils import distributed, jobs
+from dgutils.errors import UserError
+from dgutils.store import Store
+
+IMAGES = 80  # ten shards
+
+
+# --- what a rank does: torchrun starts this file
+
+
+def small_study(folder):
+    """A little of every step that ranks share; rank 1 is killed in its second shard if a file asks for it."""
+    sample, calls = jobs.sample, []
+
+    def deadly(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2 and os.environ.get("RANK") == "1" and (folder / "die").exists():
+            done = sorted(str(path.parent) for path in folder.glob("generate/*/shard_*/manifest.json"))
+            (folder / "died").write_text(json.dumps(done))
+            (folder / "die").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample(*arguments)
+
+    jobs.sample, jobs.FEATURE_SHARD = deadly, 16
+    store = Store(folder, lambda line: None)
+    images = jobs.generate(store, tiny.sampling(), IMAGES)
+    jobs.train(store, tiny.training(), jobs.generate(store, tiny.sampling(), 40))
+    for of in (images, jobs.RealSet("fashion_mnist", "test", 50)):
+        jobs.statistics(store, of, "tiny")
+    jobs.sample = sample
+
+
+def complain(folder):
+    """Rank 1 meets what the user must mend, while rank 0 waits for it."""
+    with open(folder / "starts", "a") as file:
+        file.write(f"{os.environ['RANK']}\n")
+    if os.environ["RANK"] == "1":
+        raise UserError("there is no such thing")
+    distributed.group().barrier()
+
+
+def break_down(folder):
+    """Rank 1 fails as programs do."""
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("of all numbers")
+    distributed.group().barrier()
+
+
+def dawdle(folder):
+    """Rank 1 never comes."""
+    (folder / f"ready_{os.environ['RANK']}").touch()
+    if os.environ["RANK"] == "1":
+        time.sleep(600)
+    distributed.group().barrier()
+
+
+def be_a_rank(what, folder, minutes):
+    with distributed.reporting():
+        tiny.use_tiny_networks(pytest.MonkeyPatch())
+        with distributed.join(float(minutes)):
+            globals()[what](Path(folder))
+
+
+if __name__ == "__main__":
+    be_a_rank(*sys.argv[1:])
+
+
+# --- the tests
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """What torchrun changes in the process that starts it, put back."""
+    tiny.use_tiny_networks(monkeypatch)
+    monkeypatch.setattr(jobs, "FEATURE_SHARD", jobs.FEATURE_SHARD)
+    handlers, environment = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)], dict(os.environ)
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def run(nproc, what, folder, restarts=0, minutes=5.0):
+    distributed.run_ranks(nproc, [__file__, what, str(folder), str(minutes)], restarts)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The store of one process that nobody interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_tiny_networks(patch)
+        patch.setattr(jobs, "FEATURE_SHARD", 16)
+        small_study(folder := tmp_path_factory.mktemp("alone"))
+    return folder
+
+
+def arrays(folder, step):
+    """Every array of a step by its path, and the moment when its folder was written."""
+    return {str(path.relative_to(folder)): np.load(path) for path in sorted(folder.glob(f"{step}/**/*.npy"))}
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_ranks_make_what_one_process_makes(alone, tmp_path, nproc):
+    """Same images and features, bit by bit; statistics to 1e-12. Of two ranks one is killed in mid-shard."""
+    if nproc == 2:
+        (tmp_path / "die").touch()
+    run(nproc, "small_study", tmp_path, restarts=1)
+    for step in ("generate", "features"):
+        one, many = arrays(alone, step), arrays(tmp_path, step)
+        assert one.keys() == many.keys() and len(one) > 5
+        assert all(np.array_equal(one[name], many[name]) for name in one), step
+    for path in alone.glob("statistics/*/statistics.npz"):
+        one, many = np.load(path), np.load(tmp_path / path.relative_to(alone))
+        assert one["n"] == many["n"]
+        for name in ("mean", "scatter"):
+            assert np.abs(one[name] - many[name]).max() <= 1e-12 * np.abs(one[name]).max()
+
+
+def test_what_the_user_must_mend_is_said_once_and_not_tried_again(tmp_path, capfd):
+    with pytest.raises(UserError, match="^there is no such thing$"):
+        run(2, "complain", tmp_path, restarts=1)
+    assert sorted((tmp_path / "starts").read_text().split()) == ["0", "1"]  # the second start stopped at once
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""  # the one line is the caller's to print
+
+
+def test_rank_that_does_not_come_in_time_is_said(tmp_path, capfd):
+    with pytest.raises(UserError, match=r"^rank 0 lost contact with the others \(Timed out"):
+        run(2, "dawdle", tmp_path, minutes=0.02)
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_stops_all_ranks(tmp_path):
+    """As `make` gets it from the terminal: the parent hears it, its ranks live in sessions of their own."""
+    code = textwrap.dedent(f"""
+        import sys
+        from dgutils import distributed
+        try:
+            distributed.run_ranks(2, [{__file__!r}, "dawdle", {str(tmp_path)!r}, "5"])
+        except KeyboardInterrupt:
+            sys.exit(130)
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("ready_*"))) < 2 and parent.poll() is None:
+        time.sleep(0.05)
+    ranks = psutil.Process(parent.pid).children(recursive=True)
+    parent.send_signal(signal.SIGINT)
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130 and said == "", said
+    assert len(ranks) == 2 and not any(rank.is_running() for rank in ranks)
+
+
+@pytest.fixture
+def rank_files(tmp_path, monkeypatch):
+    """The error file of rank 0 at a start of the group, as torchrun's agent hands it out."""
+
+    def at_start(attempt):
+        file = tmp_path / f"attempt_{attempt}" / "0" / "error.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for name, value in (("RESTART_COUNT", attempt), ("MAX_RESTARTS", 3), ("ERROR_FILE", file)):
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        return file
+
+    return at_start
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message", "printed", "again"),
+    [
+        (UserError("mend this"), 2, "mend this", "", False),
+        (distributed.LostContact("nobody there"), 1, "nobody there", "", True),
+        (ZeroDivisionError("of all"), 1, "rank 0: ZeroDivisionError: of all", "Traceback", True),
+    ],
+)
+def test_why_a_rank_stopped_is_left_for_torchrun(rank_files, capsys, error, status, message, printed, again):
+    file, began = rank_files(0), []
+    with pytest.raises(SystemExit) as stopped, distributed.reporting():
+        raise error
+    assert stopped.value.code == status and json.loads(file.read_text())["message"]["message"] == message
+    assert capsys.readouterr().err.startswith(printed)
+    rank_files(1)
+    try:
+        with distributed.reporting():
+            began.append(True)
+    except SystemExit:
+        pass
+    assert bool(began) == again
+    assert capsys.readouterr().err == (f"dgutils: {message}; start 2 of 4 goes on where it was\n" if again else "")
+
+
+def test_group_of_one_has_nothing_to_share():
+    one, x = distributed.group(), torch.ones(3)
+    one.sum(x)
+    one.barrier()
+    assert list(one.deal("ab")) == [(0, "a"), (1, "b")] and (x == 1).all() and one.agree(True) and not one.agree()
+    assert one.slice(7) == slice(0, 7)
+
+
+@given(n=st.integers(0, 500), world=st.integers(1, 40))
+def test_slices_of_all_ranks_are_the_rows_in_order(n, world):
+    parts = [list(range(n))[distributed.Group(rank, world).slice(n)] for rank in range(world)]
+    assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# --- many machines
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "job.sh"
+    path.write_text(distributed.launch("paper", 2, 4, limit="1-12", sbatch=["account=abc", "exclusive"]))
+    return path
+
+
+def test_slurm_script_is_bash_and_says_what_was_asked(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, script], check=True)
+    text = script.read_text()
+    for line in ("--nodes=2", "--gpus-per-node=4", "--cpus-per-task=32", "--time=1-12", "--requeue", "--account=abc"):
+        assert f"#SBATCH {line}\n" in text
+    assert text.startswith("#!/bin/bash\n") and text.index("#SBATCH --exclusive\n") < text.index("set -euo")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_slurm_script_runs_the_ranks_then_the_notebooks(script, tmp_path, fails):
+    """With stand-ins for Slurm's commands; what fails ends the job."""
+    done = slurm(tmp_path, script, f"echo \"$@\" >>{tmp_path}/log; exit {int(fails)}").wait(timeout=20)
+    steps = (tmp_path / "log").read_text().splitlines()
+    assert done == int(fails) and len(steps) == 2 - fails
+    assert "torch.distributed.run --nnodes=2 --nproc-per-node=4" in steps[0] and "--rdzv-id=77.0 " in steps[0]
+    assert steps[0].endswith("-m dgutils work --profile paper")
+    assert fails or steps[1].endswith("-m dgutils reproduce --profile paper")
+
+
+def test_slurm_script_queues_itself_again_when_its_time_is_up(script, tmp_path):
+    job = slurm(tmp_path, script, f"touch {tmp_path}/begun; exec sleep 1")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) != 0 and (tmp_path / "scontrol").read_text() == "requeue 77\n"
+
+
+def slurm(folder, script, srun):
+    """Start a job script with an `srun` that does this, and an `scontrol` that notes what it was told."""
+    for name, body in (("srun", srun), ("scontrol", f"echo \"$@\" >{folder}/scontrol")):
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "32"}
+    return subprocess.Popen(["bash", script], env=environment)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(profile="quik"), "unknown profile quik"),
+        (dict(nodes=0), "0 nodes: give at least 1"),
+        (dict(gpus_per_node=0), "0 GPUs per node"),
+        (dict(cpus_per_gpu=0), "0 CPUs per GPU"),
+        (dict(limit="tomorrow"), "time 'tomorrow': write hours"),
+        (dict(sbatch=["--account=abc"]), "without dashes"),
+        (dict(sbatch=["account=a\nrm"]), "without dashes in front or spaces"),
+    ],
+)
+def test_what_slurm_would_not_read_is_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        distributed.launch(**(dict(profile="paper", nodes=2, gpus_per_node=4) | changes))
+
+
+def test_no_ranks_at_all_is_a_mistake():
+    with pytest.raises(UserError, match="NPROC is 0"):
+        distributed.run_ranks(0, [])

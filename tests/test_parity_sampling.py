@@ -1,0 +1,98 @@
+"""Our sampler and guidance against the reference's, same networks, same noise, in float64 (tests/fixtures/parity.py)."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dgutils import edm
+from dgutils.guidance import GuidedDenoiser
+from dgutils.noise import PerSampleNoise, karras_sigmas, sample_vp_time, sigma_to_vp_time, vp_to_cosine_time
+from dgutils.sampler import edm_sampler, network_denoiser
+
+FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(FIXTURES))
+import parity  # noqa: E402
+
+REFERENCE = np.load(FIXTURES / "sampling.npz", allow_pickle=False)
+TOLERANCE = 1e-7  # of the largest value: VP time loses digits at small sigma; docs/parity.md has what is reached
+
+
+class Discriminator:
+    """The stand-in of parity.py with an ensemble's interface."""
+
+    def __init__(self, gain=1.0):
+        self.gain = gain
+
+    def log_density_ratio(self, x_vp, vp_time, class_labels=None):
+        return parity.logit(x_vp, vp_time, class_labels, self.gain)
+
+
+def relative_error(ours: torch.Tensor, name: str) -> float:
+    theirs = REFERENCE[name]
+    return float(np.abs(ours.numpy() - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", parity.TRAJECTORIES)
+def test_trajectories(name, record_property):
+    case = parity.TRAJECTORIES[name]
+    network = edm.Denoiser(**parity.EDM[case["network"]]).eval().requires_grad_(False)
+    parity.fill(network)
+    labels = torch.tensor(parity.CLASSES) if network.label_dim else None
+    one_hot = None if labels is None else torch.eye(network.label_dim, dtype=torch.float64)[labels]
+    denoise, churn = network_denoiser(network, "float32", one_hot), None  # "float32": no autocast
+    if case["first"] or case["second"]:
+        denoise = GuidedDenoiser(denoise, Discriminator(case["gain"]), case["first"], case["second"], class_labels=labels,
+                                 boosting=case["boosting"], log_ratio="clipped")  # fmt: skip
+        churn = denoise.churn
+    noise = PerSampleNoise(parity.SEEDS, (3, 16, 16))
+    images = edm_sampler(denoise, noise, karras_sigmas(case["steps"]), s_churn=case["churn"], churn=churn)
+    error = relative_error(images, name)
+    record_property("relative_error", error)
+    assert error < TOLERANCE
+
+
+def test_the_cases_differ():
+    """Guidance, boosting, churn and clipping change the images by far more than the tolerance."""
+    for steps in (18, 35):
+        sets = [REFERENCE[f"{name}_{steps}"] for name in ("unguided", "first", "both", "boosting_released",
+                                                          "boosting_paper", "churn")]  # fmt: skip
+        for i, a in enumerate(sets):
+            assert all(np.abs(a - b).max() > 1e-3 for b in sets[:i])
+
+
+def test_clipping_is_met():
+    """In the clipped case some samples lie beyond the clip, so that it and the plain logit guide differently."""
+    case = parity.TRAJECTORIES["clipped_18"]
+    network = edm.Denoiser(**parity.EDM[case["network"]]).eval().requires_grad_(False)
+    parity.fill(network)
+    plain = GuidedDenoiser(network_denoiser(network), Discriminator(case["gain"]), case["first"], 0.0)
+    images = edm_sampler(plain, PerSampleNoise(parity.SEEDS, (3, 16, 16)), karras_sigmas(18))
+    assert relative_error(images, "clipped_18") > 1e-3
+
+
+def test_guidance_term(record_property):
+    """Without weight: sigma^2 grad log r, which the reference returns with the other sign (its slope is -score)."""
+    sigma = torch.tensor(parity.LEVELS, dtype=torch.float64)
+    x = parity.draw("guidance", (len(sigma), 3, 16, 16)) * sigma[:, None, None, None]
+    guided = GuidedDenoiser(None, Discriminator(), 1.0, log_ratio="clipped")
+    error = relative_error(-guided.guidance(x, sigma, 0, 1), "guidance")
+    record_property("relative_error", error)
+    assert error < TOLERANCE
+    assert relative_error(guided.last_log_ratio, "log_ratio") < TOLERANCE
+
+
+def test_times(record_property):
+    sigma, uniforms = torch.tensor(parity.LEVELS, dtype=torch.float64), torch.tensor(parity.UNIFORMS)
+    errors = [relative_error(sigma_to_vp_time(sigma), "tau"),
+              relative_error(vp_to_cosine_time(sigma_to_vp_time(sigma)), "cosine")]  # fmt: skip
+    for t_min in (1e-5, 1e-2):
+        ours = sample_vp_time(uniforms.double(), t_min).numpy()
+        errors.append(np.abs(ours / REFERENCE[f"times_{t_min:g}"] - 1).max())
+    record_property("relative_error", max(errors))
+    assert max(errors) < TOLERANCE
+    # The released code works in float32, where 1 - exp(-1e-6) keeps five digits or fewer.
+    released = np.abs(REFERENCE["times_1e-05_float32"] / REFERENCE["times_1e-05"] - 1).max()
+    assert 1e-3 < released < 0.1

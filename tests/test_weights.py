@@ -1,0 +1,278 @@
+"""The registry of published weights: downloads that resume and are verified, checksums that are kept."""
+
+import dataclasses
+import functools
+import hashlib
+import http.server
+import json
+import os
+import threading
+import types
+import urllib.request
+
+import pytest
+import yaml
+
+from dgutils import weights
+from dgutils.errors import UserError
+
+CONTENT = b"PK" + bytes(range(256)) * 9000  # 2.3 MB: more than two blocks
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` with ranges; each number in `breaks` ends one connection after so many bytes."""
+
+    content, tag, breaks, ranges = CONTENT, '"one"', (), True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.breaks = [], []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def open_url(self, url, headers):
+        """In place of weights._open: what https://weights.test has is here."""
+        local = url.replace("https://weights.test", f"http://127.0.0.1:{self.server_port}")
+        return urllib.request.urlopen(urllib.request.Request(local, headers=headers), timeout=10)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, asked = self.server, self.headers.get("Range")
+        server.requests.append(asked)
+        if self.path == "/absent.pt":
+            return self.send_error(404)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        resumes = server.ranges and asked and self.headers["If-Range"] == server.tag
+        if resumes and start >= len(server.content):
+            return self.send_error(416)
+        body = server.content[start:] if resumes else server.content
+        self.send_response(206 if resumes else 200)
+        self.send_header("ETag", server.tag)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: server.breaks.pop(0)] if server.breaks else body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        yield server
+        server.shutdown()
+
+
+ENTRY = weights.Published("net", "extractor", "a network", "net.pt", "https://weights.test/net.pt", "MIT", 2.3)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DGUTILS_WEIGHTS", str(tmp_path / "weights"))
+    enter(monkeypatch, ENTRY)
+    return tmp_path / "weights"
+
+
+def enter(monkeypatch, *entries):
+    monkeypatch.setattr(weights, "registry", lambda: {entry.name: entry for entry in entries})
+
+
+def fetch(server):
+    weights.fetch(["net"], server.open_url)
+
+
+def test_registry_is_complete():
+    names = list(weights.registry())
+    assert len(names) == 16 and {"edm-cifar10-32x32-uncond-vp", "discriminator_60", "inception"} <= set(names)
+    for entry in weights.registry().values():
+        assert entry.url.startswith("https://") and entry.licence and entry.what and entry.megabytes > 0
+        assert entry.kind in ("denoiser", "extractor", "discriminator", "inception", "data")
+        assert (entry.config is not None) == (entry.kind in ("denoiser", "extractor", "discriminator"))
+        assert os.path.splitext(entry.file)[1] in weights._MAGIC
+        if not weights._is_drive(entry.url):
+            assert entry.url.endswith("/" + entry.file)
+    assert len({entry.file for entry in weights.registry().values()}) == 16
+    assert weights.published("64x64_classifier").clock == "cosine"
+    with pytest.raises(UserError, match="no published file 'edm'; there are: edm-cifar10"):
+        weights.published("edm")
+
+
+def test_files_that_a_profile_names(monkeypatch):
+    parameters = {"profile": "paper", "score_network": "edm-cifar10-32x32-uncond-vp", "num_steps": 18,
+                  "feature_spaces": ["inception", "efficientnet-lite0@128"], "min_times": [0.1],
+                  "feature_extractor": "32x32_classifier", "again": "32x32_classifier"}  # fmt: skip
+    assert weights.mentioned(parameters) == ["edm-cifar10-32x32-uncond-vp", "inception", "32x32_classifier"]
+
+
+def test_fetch_verifies_records_and_is_found(folder, server, capsys):
+    fetch(server)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert weights.find("net") == folder / "net.pt" and (folder / "net.pt").read_bytes() == CONTENT
+    assert json.loads((folder / "checksums.json").read_text())["net.pt"]["sha256"] == digest
+    assert digest in capsys.readouterr().out
+    assert list((folder / "partial").iterdir()) == [] and server.requests == [None]
+    fetch(server)  # nothing more to do
+    assert server.requests == [None] and "here already" in capsys.readouterr().out
+
+
+def test_a_broken_connection_is_resumed(folder, server):
+    server.breaks = [1_500_000, 300_000]
+    fetch(server)
+    assert (folder / "net.pt").read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=1500000-", "bytes=1800000-"]
+
+
+def test_a_killed_download_is_resumed_by_the_next_command(folder, server):
+    server.breaks = [1_500_000, 0]  # the second connection brings nothing: give up for now
+    with pytest.raises(UserError, match="cannot fetch net.pt .*1,500,000 of 2,304,002.*run the same command again"):
+        fetch(server)
+    assert not (folder / "net.pt").exists() and not (folder / "checksums.json").exists()
+    fetch(server)
+    assert (folder / "net.pt").read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=1500000-", "bytes=1500000-"]
+
+
+def test_two_versions_of_a_file_never_mix(folder, server):
+    server.breaks = [1_500_000, 0]
+    with pytest.raises(UserError):
+        fetch(server)
+    server.content, server.tag = b"PK" + CONTENT[::-1], '"two"'
+    fetch(server)
+    assert (folder / "net.pt").read_bytes() == server.content
+
+
+def test_a_server_without_ranges(folder, server):
+    server.breaks, server.ranges = [1_500_000], False
+    fetch(server)
+    assert (folder / "net.pt").read_bytes() == CONTENT
+
+
+def test_a_whole_partial_file_is_not_asked_for_more(folder, server):
+    (folder / "partial").mkdir(parents=True)
+    (folder / "partial" / "net.pt").write_bytes(CONTENT)
+    (folder / "partial" / "net.pt.tag").write_text(server.tag)
+    fetch(server)
+    assert (folder / "net.pt").read_bytes() == CONTENT and server.requests == [f"bytes={len(CONTENT)}-", None]
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"sha256": "0" * 64}, "has sha256 [0-9a-f]{16}..., not the 0000000000000000... expected"),
+        ({"bytes": 17}, "has 2,304,002 bytes, not the 17 expected"),
+    ],
+)
+def test_wrong_checksum_or_size_is_deleted(changes, fault, folder, server, monkeypatch):
+    enter(monkeypatch, dataclasses.replace(ENTRY, **changes))
+    with pytest.raises(UserError, match=fault + ", and was deleted"):
+        fetch(server)
+    assert not (folder / "net.pt").exists() and list((folder / "partial").iterdir()) == []
+    assert not (folder / "checksums.json").exists()
+
+
+def test_a_web_page_is_no_network(folder, server):
+    server.content = b"<!DOCTYPE html>Sorry, too many users have viewed or downloaded this file recently."
+    with pytest.raises(UserError, match="begins like a web page"):
+        fetch(server)
+    assert not (folder / "net.pt").exists()
+
+
+def test_a_recorded_checksum_is_enforced(folder, server):
+    fetch(server)
+    assert weights.status(["net"])[0].state == "verified"
+    data = bytearray(CONTENT)
+    data[1000] ^= 1
+    (folder / "net.pt").write_bytes(data)
+    assert weights.status(["net"])[0].state == "altered"
+    for use in (lambda: weights.find("net"), lambda: fetch(server)):
+        with pytest.raises(UserError, match="delete it and fetch it again, or, if you replaced it on purpose"):
+            use()
+    (folder / "net.pt").unlink()
+    server.content = bytes(data)
+    with pytest.raises(UserError, match="if the publisher changed it, remove its entry from"):
+        fetch(server)
+    (folder / "checksums.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        weights.status(["net"])
+
+
+def test_a_file_placed_by_hand_is_recorded_at_first_use(folder):
+    folder.mkdir()
+    (folder / "net.pt").write_bytes(CONTENT)
+    assert weights.status(["net"])[0] == weights.Status(ENTRY, "unrecorded", len(CONTENT))
+    weights.record("net")
+    assert weights.status(["net"])[0].state == "verified"
+
+
+def test_absent_file_is_one_line_with_where_and_whence(folder, monkeypatch):
+    drive = dataclasses.replace(ENTRY, url="https://drive.google.com/drive/folders/x")
+    for entry, whence in ((ENTRY, "from https://weights.test/net.pt"), (drive, "a file of https://drive.google.com/")):
+        enter(monkeypatch, entry)
+        with pytest.raises(UserError, match=f"net.pt is not in {folder}: run .*{whence}") as caught:
+            weights.find("net")
+        assert "\n" not in str(caught.value)
+    assert weights.status(["net"])[0] == weights.Status(drive, "absent", 2_300_000)
+
+
+def test_no_network_and_no_such_file(folder, server, monkeypatch):
+    def offline(url, headers):
+        raise urllib.error.URLError("Name or service not known")
+
+    with pytest.raises(UserError, match=r"cannot fetch net.pt \(.*not known.*by hand from https.* to /.*net.pt"):
+        weights.fetch(["net"], offline)
+    enter(monkeypatch, dataclasses.replace(ENTRY, url="https://weights.test/absent.pt"))
+    with pytest.raises(UserError, match="HTTP Error 404"):
+        fetch(server)
+
+
+def test_only_https(folder, server, monkeypatch):
+    enter(monkeypatch, dataclasses.replace(ENTRY, url=f"http://127.0.0.1:{server.server_port}/net.pt"))
+    with pytest.raises(UserError, match="not https"):
+        weights.fetch(["net"])
+    request = urllib.request.Request("https://weights.test/net.pt")
+    for target in ("http://weights.test/net.pt", "file:///etc/passwd", "ftp://weights.test/net.pt"):
+        with pytest.raises(UserError, match="not https"):
+            weights._HttpsOnly().redirect_request(request, None, 302, "Found", {}, target)
+    assert server.requests == []
+
+
+def test_google_drive_through_gdown(folder, monkeypatch):
+    import gdown
+
+    calls = []
+
+    @functools.wraps(gdown.download_folder)
+    def listing(url, **options):
+        calls.append((url, options["skip_download"]))
+        return [types.SimpleNamespace(id=i, path=p) for i, p in (("1", "sub/other.pt"), ("2", "sub/net.pt"))]
+
+    def download(id, output, resume, **options):
+        assert resume and set(options) <= {"use_cookies", "retries", "quiet"}
+        calls.append(id)
+        with open(output, "wb") as file:
+            file.write(CONTENT)
+
+    url = "https://drive.google.com/drive/folders/abc"
+    monkeypatch.setattr(gdown, "download_folder", listing)
+    monkeypatch.setattr(gdown, "download", download)
+    enter(monkeypatch, dataclasses.replace(ENTRY, url=url))
+    weights.fetch(["net"])
+    assert calls == [(url, True), "2"] and (folder / "net.pt").read_bytes() == CONTENT
+    enter(monkeypatch, dataclasses.replace(ENTRY, url=url, file="moved.pt"))
+    with pytest.raises(UserError, match="the folder .*abc lists no moved.pt"):
+        weights.fetch(["net"])
+
+
+def test_a_rehearsal_folder_is_left_alone(folder, server):
+    folder.mkdir()
+    (folder / "REHEARSAL").touch()
+    assert weights.is_rehearsal()
+    with pytest.raises(UserError, match="set DGUTILS_WEIGHTS to another folder"):
+        fetch(server)
+    assert server.requests == []
+
+
+def test_the_registry_file_has_only_known_fields():
+    fields = {field.name for field in dataclasses.fields(weights.Published)}
+    for entry in yaml.safe_load(weights.REGISTRY.read_text()).values():
+        assert set(entry) < fields
