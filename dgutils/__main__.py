@@ -157,13 +157,13 @@ def _parser() -> argparse.ArgumentParser:
             "rehearsal")  # fmt: skip
     command("doctor", _doctor, "is everything here that a profile needs?", "quick")
 
-    sub = command("report", _report, "build report/report.pdf from the results of a profile")
-    sub.add_argument("--mode", default="preprint", help="preprint, final or submission [preprint]")
-    sub.add_argument("--unmarked", action="store_true", help="without the margin marks")
-    sub.add_argument("--strict", action="store_true", help="refuse results older than the code that made them")
+    report = command("report", _report, "build report/report.pdf from the results of a profile")
+    report.add_argument("--mode", default="preprint", help="preprint, final or submission [preprint]")
+    report.add_argument("--unmarked", action="store_true", help="without the margin marks")
+    report.add_argument("--strict", action="store_true", help="refuse results older than the code that made them")
     trace = command("trace", _trace, "where a number, figure or table of the report comes from")
     trace.add_argument("key", help="as in \\res{key}; figure:NN_slug; table:name")
-    for sub in (sub, trace):
+    for sub in (report, trace):
         sub.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
     sub = command("bench", _bench, "measure the claims of speed: ratios, each within one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, few repetitions: does it run?")

@@ -263,8 +263,10 @@ def image_shape(name: str) -> tuple[int, int, int]:
 def weights_digest(name: str) -> str:
     """sha256 of the file that the network `name` comes from, its identity in the store; "absent" without the file.
 
-    Nothing can be made from an absent file, so that no artifact has that identity, but it can be planned.
+    Any network of the registry will do, Inception too. Nothing can be made from an absent file: no artifact has that
+    identity, but it can be planned.
     """
     if _is_shipped(name):
         return model_card(name)["sha256"]
-    return sha256_of(weights.find(name)) if _entry(name).path.is_file() else "absent"
+    entry = weights.registry().get(name) or _entry(name)
+    return sha256_of(weights.find(name)) if entry.path.is_file() else "absent"

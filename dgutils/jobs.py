@@ -180,8 +180,8 @@ def sample(sampling: Sampling, seeds, guidance: Guidance | None = None) -> torch
     noise = PerSampleNoise(seeds, network.shape, device())
     if sampling.sampler == "ancestral":
         return ancestral_sampler(denoise, noise, vp_sigmas(sampling.num_steps))
-    sigmas = fit_sigmas(karras_sigmas(sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho), network)
-    return edm_sampler(denoise, noise, sigmas, sampling.s_churn, sampling.s_min,
+    sigmas = karras_sigmas(sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+    return edm_sampler(denoise, noise, fit_sigmas(sigmas, network), sampling.s_churn, sampling.s_min,
                        math.inf if sampling.s_max is None else sampling.s_max, sampling.s_noise,
                        denoise.churn if guidance else None, network.round_sigma)  # fmt: skip
 

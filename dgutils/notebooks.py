@@ -142,16 +142,6 @@ def every_parameter(profile: str, overrides: Mapping[str, Any] | None = None) ->
     return defaults | values | overrides | {"profile": profile}
 
 
-def parameters(profile: str) -> dict[str, Any]:
-    """All parameters of a profile: the notebooks' defaults, overridden by the profile's values."""
-    defaults = {}
-    for path in sorted((repo_root() / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        for cell in nbformat.read(path, as_version=4).cells:
-            if "parameters" in cell.metadata.get("tags", []):
-                defaults |= {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
-    return defaults | load_profile(profile)
-
-
 # --- execution
 
 

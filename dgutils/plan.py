@@ -4,8 +4,10 @@ The steps are named by the very code that runs them, on a store that computes no
 from a few seconds of the profile's own networks on this machine, with random weights where theirs are absent.
 """
 
+import math
+import textwrap
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -24,22 +26,25 @@ from .store import provenance
 from .study import Study
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
+MISSING = ", nor features whose network is absent"
 SWEEP = ("num_sweep", "sweep_weights", "sweep_time_mins", "sweep_time_maxs", "sweep_epoch_scales")  # notebook 05's own
 
 
 @dataclass(frozen=True)
 class Step:
-    """One artifact: is it there, and what would its missing part cost? All counts are of images."""
+    """A training, or a set of images with its features: what is missing, and what would that cost?
+
+    All counts are of images. missing: why, a reason for each part that is not there.
+    """
 
     label: str
-    hit: bool
-    reason: str
+    n: int = 0
+    missing: tuple[str, ...] = ()
     score: int = 0  # evaluations of the score network
     gradient: int = 0  # gradients of log r, by one discriminator
     gradients: int = 0  # ... by several
     train: int = 0  # through one head, forward and backward, the extractor's share included
-    features: int = 0
-    space: str = ""
+    features: dict[str, int] = field(default_factory=dict)  # by feature space
     disk: int = 0  # bytes
 
 
@@ -54,59 +59,58 @@ def _guided_steps(config: dict) -> int:
     return int(first + (inside[1:].sum() if guidance["weight_2nd_order"] else 0))
 
 
-def _images(arm: ImageSet) -> Step:
-    config, status = arm.rows.artifact.identity["config"], arm.rows.status(arm.n)
-    missing = len(arm.rows.missing(arm.n)) * arm.rows.shard_size
-    evaluations = nfe(config["num_steps"]) if config["sampler"] == "heun" else config["num_steps"]
-    score = missing * evaluations * (2 if config["cfg_network"] else 1)
-    count = missing * _guided_steps(config)
-    several = bool(config["guidance"]) and len(config["guidance"]["members"]) > 1
-    pixels = int(np.prod(checkpoints.image_shape(config["score_network"])))
-    return Step(f"{arm.n:,} images, {arm.label}", status.hit, status.reason, score, 0 if several else count,
-                count if several else 0, disk=missing * pixels)  # fmt: skip
+def _images(study: Study, arms: list[ImageSet | RealSet]) -> Step:
+    """What image sets cost that are the same images, of different numbers: the largest, and the features of each."""
+    arm, missing, cost = max(arms, key=lambda arm: arm.n), [], {}
+    disk = 0
+    if isinstance(arm, ImageSet) and (lacking := arm.rows.missing(arm.n)):
+        config, count = arm.rows.artifact.identity["config"], len(lacking) * arm.rows.shard_size
+        evaluations = nfe(config["num_steps"]) if config["sampler"] == "heun" else config["num_steps"]
+        several = bool(config["guidance"]) and len(config["guidance"]["members"]) > 1
+        cost = {"score": count * evaluations * (2 if config["cfg_network"] else 1),
+                "gradients" if several else "gradient": count * _guided_steps(config)}  # fmt: skip
+        disk = count * math.prod(checkpoints.image_shape(config["score_network"]))
+        missing.append(arm.rows.status(arm.n).reason)
+    features = {}
+    for space in study.feature_spaces:
+        rows = [jobs.feature_rows(study.store, part, space) for part in {part.digest: part for part in arms}.values()]
+        if count := sum(len(part.missing(n)) * part.shard_size for part, n in zip(rows, _sizes(arms), strict=True)):
+            features[space] = count
+            disk += 4 * DIMENSIONS.get(space.split("@")[0], 512) * count
+    if features:
+        missing.append("features: " + ", ".join(features))
+    return Step(arm.label, arm.n, tuple(missing), features=features, disk=disk, **cost)
+
+
+def _sizes(arms) -> list[int]:
+    return [arm.n for arm in {arm.digest: arm for arm in arms}.values()]
 
 
 def _training(trained: Trained) -> Step:
     status, config = trained.artifact.status(), trained.config
     images = 2 * config.num_real * (config.held_out_every - 2) // config.held_out_every
     work = 0 if status.hit else images * sum(member.epochs for member in config.members)
-    return Step("training of " + ", ".join(m.name for m in config.members), status.hit, status.reason, train=work)
-
-
-def _features(study: Study, images: ImageSet | RealSet, space: str) -> Step:
-    rows = jobs.feature_rows(study.store, images, space)
-    status, width = rows.status(images.n), DIMENSIONS.get(space.split("@")[0], 512)
-    missing = min(len(rows.missing(images.n)) * rows.shard_size, images.n)
-    return Step(f"features of {images.label}", status.hit, status.reason, features=missing, space=space,
-                disk=4 * width * missing)  # fmt: skip
+    label = "training: " + ", ".join(f"{m.name} {m.epochs}" for m in config.members) + " epochs"
+    return Step(label, images, () if status.hit else (status.reason,), train=work)
 
 
 def steps(parameters: dict) -> list[Step]:
     """Every artifact of a profile's notebooks that costs more than seconds, in order, each once."""
     study = Study.from_parameters(parameters)
     study.__dict__["store"] = jobs.open_store(study.profile, dry=True)
-    found: dict[str, Step] = {}
-
-    def images(arm):
-        for space in study.feature_spaces:
-            if isinstance(arm, ImageSet):
-                found.setdefault(arm.digest, _images(arm))
-            found.setdefault(f"{arm.digest} {space}", _features(study, arm, space))
-
-    found["fakes"], found["training"] = _images(study.fakes), _training(study.trained)
-    images(study.reference)
-    blocks = [arm for arms in study.seed_block_arms().values() for arm in arms]
-    for arms in (study.evaluation_arms(), study.published_arms(), study.claim_arms(), study.ensemble_arms()):
-        for arm in arms.values():
-            images(arm)
-    for arm in blocks:
-        images(arm)
-    for trained in study.sweep_trainings(parameters["sweep_epoch_scales"]).values():
-        found.setdefault(trained.digest, _training(trained))
-    for arms in study.sweep_arms(*(parameters[name] for name in SWEEP)).values():
-        for arm in arms.values():
-            images(arm)
-    return list(found.values())
+    sweep_trainings = study.sweep_trainings(parameters["sweep_epoch_scales"]).values()
+    arms = [study.reference]
+    for group in (study.evaluation_arms(), study.published_arms(), study.claim_arms(), study.ensemble_arms(),
+                  *study.sweep_arms(*(parameters[name] for name in SWEEP)).values()):  # fmt: skip
+        arms += group.values()
+    arms += [arm for blocks in study.seed_block_arms().values() for arm in blocks]
+    sets: dict[tuple, list] = {}
+    for arm in arms:
+        key = (arm.rows.artifact.digest, arm.seeds.start) if isinstance(arm, ImageSet) else (arm.digest,)
+        sets.setdefault(key, []).append(arm)
+    fakes = _images(replace(study, feature_spaces=[]), [study.fakes])
+    trainings = {trained.digest: trained for trained in (study.trained, *sweep_trainings)}
+    return [fakes, *map(_training, trainings.values()), *(_images(study, group) for group in sets.values())]
 
 
 # ---- how fast is this machine ------------------------------------------------------------
@@ -183,7 +187,7 @@ def counted(number: int) -> str:
 
 def show(profile: str) -> None:
     """Print the plan of a profile. Runs nothing of it."""
-    parameters = notebooks.parameters(profile)
+    parameters = notebooks.every_parameter(profile)
     study = Study.from_parameters({field.name: parameters[field.name] for field in fields(Study)})
     listed = steps(parameters)
     for _ in tqdm(range(1), desc="timing this machine", leave=False):
@@ -198,21 +202,22 @@ def show(profile: str) -> None:
         print("  none to download: the networks ship with the repository")
     if any(file.state == "absent" for file in files):
         print(f"  get them with: make fetch PROFILE={profile}")
-    print(f"\nSteps\n  {'what':<52} {'here?':<5} {'score evals':>13} {'gradients':>11} {'time':>9}")
+    print(f"\n{'Steps':<46} {'images':>9} {'score evals':>13} {'gradients':>11} {'features':>9} {'time':>8}")
     total, unknown = 0.0, False
     for step in listed:
         seconds = sum(getattr(step, kind) * rate[kind] for kind in rate)
-        unknown |= bool(step.features) and by_space[step.space] is None
-        seconds += step.features * (by_space.get(step.space) or 0)
+        seconds += sum(count * (by_space[space] or 0) for space, count in step.features.items())
+        unknown |= any(by_space[space] is None for space in step.features)
         total += seconds
-        label = f"{step.label} ({step.space})" if step.space else step.label
-        took = "" if step.hit else duration(seconds)
-        print(f"  {label[:52]:<52} {'HIT' if step.hit else 'MISS':<5} {counted(step.score):>13} "
-              f"{counted(step.gradient + step.gradients):>11} {took:>9}  {'' if step.hit else step.reason}".rstrip())
+        what = textwrap.shorten(step.label, 40, placeholder=" ...")
+        print(f"{'MISS' if step.missing else 'HIT':<5}{what:<41} {counted(step.n):>9} {counted(step.score):>13} "
+              f"{counted(step.gradient + step.gradients):>11} {counted(sum(step.features.values())):>9} "
+              f"{duration(seconds) if step.missing else '':>8}  {'; '.join(step.missing)}".rstrip())  # fmt: skip
     sums = {name: sum(getattr(step, name) for step in listed) for name in ("score", "gradient", "gradients", "disk")}
-    print(f"\nIn all: {sums['score']:,} score network evaluations, {sums['gradient'] + sums['gradients']:,} gradients of "
-          f"log r, {sums['disk'] / 1e9:.2f} GB of disk, about {duration(total)} on {provenance()['device']}\n"
-          f"(measured: {1 / rate['score']:.1f} score evaluations/s, {1 / rate['gradient']:.1f} gradients/s by one "
-          f"discriminator, {1 / rate['gradients']:.1f} by {len(study.member_names)}; {1 / rate['train']:.0f} images/s "
-          "through one head in training; without the scores themselves"
-          + (", and without features whose network is absent)" if unknown else ")"))
+    speeds = [f"{1 / rate['score']:.1f} score evaluations/s", f"{1 / rate['gradient']:.1f} gradients/s by one "
+              f"discriminator, {1 / rate['gradients']:.1f} by {len(study.member_names)}",
+              f"{1 / rate['train']:.0f} images/s through one head in training"]  # fmt: skip
+    print(f"\nIn all: {sums['score']:,} score network evaluations, {sums['gradient'] + sums['gradients']:,} gradients "
+          f"of log r, {sums['disk'] / 1e9:.2f} GB of disk, about {duration(total)} on {provenance()['device']},\n"
+          f"computing the scores from the features not counted{MISSING if unknown else ''}.\n"
+          f"Measured just now: {'; '.join(speeds)}.")  # fmt: skip

@@ -240,7 +240,10 @@ class Study:
         guidance |= {rule: self.guidance(self.everyone, rule) for rule in rules}
         guidance |= {"raw_all": self.guidance(self.everyone, "raw_logits_as_probabilities"),
                      "raw_one": self.guidance((0,), "raw_logits_as_probabilities")}
-        return {name: self.arm(name, rule) for name, rule in guidance.items()}
+        words = {"unguided": "unguided sampling", "raw_all": "raw logits of all members",
+                 "raw_one": f"raw logits of {self.member_names[0]}"}
+        words |= {name.lower(): f"guidance by {name}" for name in self.member_names}
+        return {name: self.arm(words.get(name, f"ensemble, {name}"), rule) for name, rule in guidance.items()}
 
     # ---- scores
 

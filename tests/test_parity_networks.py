@@ -26,7 +26,7 @@ def relative_error(ours: torch.Tensor, name: str) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("name", parity.EDM)
 def test_denoisers(name, channels_last, record_property):
     config = parity.EDM[name]
