@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy import stats
 
 from .discriminator import EVALUATION, Ensemble, perturb
 from .guidance import grad_log_density_ratio
@@ -57,6 +58,13 @@ def mean_scores(members: list[Scores], label: str) -> Scores:
                   mean("fd"), mean("kid"), manifold)  # fmt: skip
 
 
+def held_out(history: list[dict]) -> dict[str, float]:
+    """Of a member's history: epochs, the best one (of least held-out loss), and its losses there and at the end."""
+    best = min(history, key=lambda row: row["val_loss"])
+    return {"epochs": history[-1]["epoch"], "best_epoch": best["epoch"], "best_loss": best["val_loss"],
+            "last_loss": history[-1]["val_loss"], "last_train_loss": history[-1]["train_loss"]}  # fmt: skip
+
+
 def change(arm: Scores, baseline: Scores, score: str) -> Interval:
     """Paired difference arm - baseline in "fd" or "kid", in the unit of print (KID x 1000)."""
     return scaled(arm.minus(baseline, score), SCORES[score][1])
@@ -81,6 +89,37 @@ def record_change(recorder: Recorder, key: str, cell: str, arm: Scores, baseline
         label = f"{name} of {arm.arm.label} minus {baseline.arm.label}, {arm.space}"
         record_interval(recorder, f"{key}.{score}_change", interval, label=label, digits=two_digits(interval), **about)
         recorder.record(f"{key}.{score}_direction", direction(interval), label=f"{label}, in words", **about)
+
+
+def over_trainings(values, level: float = 0.95) -> Interval:
+    """Mean of a value over independent trainings, with Student's interval; of one training, the value alone."""
+    values = np.asarray(values, np.float64)
+    mean, half = values.mean(), 0.0
+    if len(values) > 1:
+        half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Interval(float(mean), float(mean - half), float(mean + half), level, 0)
+
+
+def record_trainings(recorder: Recorder, key: str, cell: str, pairs: list[tuple[Scores, Scores]]) -> None:
+    """Record arm - baseline over trainings: <key>.<score>_change, its _direction, and its SD between trainings, _sd.
+
+    pairs: for each training the scores of an arm and of its baseline. Of one training the change has its paired
+    bootstrap interval, no SD, and says nothing of others.
+    """
+    if len(pairs) == 1:
+        record_change(recorder, key, cell, *pairs[0])
+        return
+    digests = [digest for pair in pairs for scores in pair for digest in scores.digest.split("+")]
+    arm, baseline = (scores.arm.label.partition(", training")[0] for scores in pairs[0])
+    about = dict(cell=cell, n=pairs[0][0].arm.n, seeds=pairs[0][0].arm.seeds, artifacts=list(dict.fromkeys(digests)))
+    for score, (name, _) in SCORES.items():
+        values = [change(*pair, score).value for pair in pairs]
+        interval = over_trainings(values)
+        label = f"{name} of {arm} minus {baseline}, {pairs[0][0].space}, over {len(pairs)} trainings"
+        record_interval(recorder, f"{key}.{score}_change", interval, label=label, digits=two_digits(interval), **about)
+        recorder.record(f"{key}.{score}_direction", direction(interval), label=f"{label}, in words", **about)
+        recorder.record(f"{key}.{score}_sd", float(np.std(values, ddof=1)), label=f"SD of {label}",
+                        digits=two_digits(interval), **about)  # fmt: skip
 
 
 def record_scores(recorder: Recorder, key: str, cell: str, scores: Scores, baseline: Scores | None = None) -> None:

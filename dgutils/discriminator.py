@@ -19,7 +19,7 @@ from .errors import UserError
 from .noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma, vp_to_cosine_time
 
 # Third word of the random key: which use a stream serves (0 is the sampler's, see noise.PerSampleNoise).
-TRAINING, INITIALISATION, VALIDATION, EVALUATION = 1, 2, 3, 4
+TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5
 
 
 # --- Combination rules: logits [M, N] of M members -> log-density-ratio [N] --------------------------------
@@ -146,11 +146,15 @@ TABLE_1 = (
 
 @dataclass(frozen=True)
 class TrainedMember:
-    """A trained head: its last weights, those of lowest validation loss, and one row an epoch of losses."""
+    """A trained head: its last weights, those of lowest validation loss, and one row an epoch of losses.
+
+    kept: "epoch<number>" -> the weights after that epoch, for those that were asked for.
+    """
 
     config: MemberConfig
     last_state: dict[str, torch.Tensor]
     best_state: dict[str, torch.Tensor]
+    kept: dict[str, dict[str, torch.Tensor]]
     history: list[dict]
 
 
@@ -174,11 +178,38 @@ def init_head(head_config, seed, member):
         return EncoderUNet(**head_config)
 
 
-class _Trainee:
-    """A member in training. Its tensors and history are all the state there is."""
+def _bootstrap(labels, members, seed):
+    """Each member has drawn as many images as there are, with replacement."""
+    draws = [keyed_rng(seed, m, 0, RESAMPLING).integers(len(labels), size=len(labels)) for m in range(members)]
+    return np.stack([np.bincount(drawn, minlength=len(labels)) for drawn in draws])
 
-    def __init__(self, config, head):
+
+def _disjoint(labels, members, seed):
+    """Each image is one member's, and every member has as many of each label, up to one."""
+    rng, times = keyed_rng(seed, 0, 0, RESAMPLING), np.zeros((members, len(labels)), np.int64)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        times[np.arange(len(rows)) % members, rows] = 1
+    return times
+
+
+# How often each member sees each training image in an epoch: (labels [N], members M, seed) -> int64 [M, N].
+RESAMPLINGS = {
+    "none": lambda labels, members, seed: np.ones((members, len(labels)), np.int64),
+    "bootstrap": _bootstrap,
+    "disjoint": _disjoint,
+}
+
+
+class _Trainee:
+    """A member in training. Its tensors and history are all the state there is.
+
+    times: int64 [N], how often it sees each training image in an epoch; kept: epochs whose states it keeps.
+    """
+
+    def __init__(self, config, head, times, kept):
         self.config, self.head, self.history, self.best_state = config, head, [], {}
+        self.times, self.kept = times, {f"epoch{epoch}": {} for epoch in kept}
         self.optimizer = torch.optim.Adam(
             head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
@@ -190,16 +221,17 @@ class _Trainee:
         """Everything as one flat dict: head.*, best.* and adam.<parameter>.*, copies on the CPU."""
         adam = {f"{i}.{name}": value.detach().cpu().clone()
                 for i, slots in self.optimizer.state_dict()["state"].items() for name, value in slots.items()}
-        groups = {"head": self.state(), "best": self.best_state, "adam": adam}
+        groups = {"head": self.state(), "best": self.best_state, "adam": adam, **self.kept}
         return {f"{group}.{name}": v for group, values in groups.items() for name, v in values.items()}
 
     def load(self, tensors, history):
-        groups = {"head": {}, "best": {}, "adam": {}}
+        groups = {"head": {}, "best": {}, "adam": {}, **{which: {} for which in self.kept}}
         for key, value in tensors.items():
             group, name = key.split(".", 1)
             groups[group][name] = value.clone()
         self.head.load_state_dict(groups["head"])
         self.best_state, self.history = groups["best"], history
+        self.kept = {which: groups[which] for which in self.kept}
         slots = {}
         for key, value in groups["adam"].items():
             index, name = key.split(".")
@@ -209,6 +241,8 @@ class _Trainee:
     def record(self, row):
         if row["val_loss"] < min((r["val_loss"] for r in self.history), default=math.inf):
             self.best_state = self.state()
+        if f"epoch{row['epoch']}" in self.kept:
+            self.kept[f"epoch{row['epoch']}"] = self.state()
         self.history.append(row)
 
 
@@ -230,7 +264,10 @@ def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_s
         with torch.no_grad(), autocast(device, precision):
             features = extractor.features(x_vp, vp_time.to(device, torch.float32))
         for trainee, total in zip(trainees, totals, strict=True):
-            seen = torch.nonzero(vp_time >= trainee.config.min_time)[:, 0].to(device)
+            seen = (vp_time >= trainee.config.min_time).nonzero()[:, 0]
+            if learn:
+                seen = seen.repeat_interleave(torch.from_numpy(trainee.times[rows])[seen])
+            seen = seen.to(device)
             if len(seen) == 0:
                 continue
             with torch.set_grad_enabled(learn), autocast(device, precision):
@@ -250,7 +287,7 @@ def train_discriminators(
     batch_size: int, seed: int, precision: str = "float32", sequential: bool = False,
     progress: Callable[[str, dict], None] | None = None,
     checkpoint: Callable[[dict, dict], None] | None = None,
-    resume: tuple[dict, dict] | None = None,
+    resume: tuple[dict, dict] | None = None, kept=(), resampling: str = "none",
 ) -> list[TrainedMember]:  # fmt: skip
     """Train independent heads by binary cross-entropy on noised images (Kim et al. 2023, eq. 6).
 
@@ -262,7 +299,8 @@ def train_discriminators(
     progress(name, row) is called with every new row of history: epoch, train_* and val_* loss and accuracy.
     checkpoint(tensors, info) is called after every pass with flat CPU tensors and a JSON-able dict; `resume`
     is such a pair, and going on from it gives the same bits as never having stopped.
-    Raises UserError for unbalanced data, fewer images than a batch, an unusable member, unknown precision.
+    kept: (member, epoch) pairs whose weights are kept. resampling: a name of RESAMPLINGS, which images members see.
+    Raises UserError for unbalanced data, fewer images than a batch, an unusable member, unknown names.
     """
     for images, labels in ((images_train, labels_train), (images_val, labels_val)):
         if len(images) != len(labels) or 2 * np.sum(labels) != len(labels):
@@ -273,10 +311,17 @@ def train_discriminators(
     for member in members:
         if member.epochs < 1 or not 0 < member.min_time < 1:
             raise UserError(f"discriminator {member.name}: epochs must be >= 1 and 0 < min_time < 1")
+    if resampling not in RESAMPLINGS:
+        raise UserError(f"unknown resampling {resampling!r}: choose one of {', '.join(RESAMPLINGS)}")
+    for m, epoch in kept:
+        if not (0 <= m < len(members) and 1 <= epoch <= members[m].epochs):
+            raise UserError(f"cannot keep epoch {epoch} of member {m}: it is not trained")
 
     device = next(extractor.parameters()).device
     extractor.eval().requires_grad_(False)
-    trainees = [_Trainee(c, init_head(head_config, seed, m).to(device)) for m, c in enumerate(members)]
+    times = RESAMPLINGS[resampling](np.asarray(labels_train), len(members), seed)
+    trainees = [_Trainee(c, init_head(head_config, seed, m).to(device), times[m], [e for k, e in kept if k == m])
+                for m, c in enumerate(members)]
     # A round is one pass over the data: side by side it is an epoch of all unfinished members, else of one.
     if sequential:
         rounds = [(epoch, [m]) for m, c in enumerate(members) for epoch in range(c.epochs)]
@@ -313,7 +358,7 @@ def train_discriminators(
             tensors = {f"{m}.{k}": v for m, t in enumerate(trainees) for k, v in t.tensors().items()}
             checkpoint(tensors, {"rounds_done": number + 1, "histories": [list(t.history) for t in trainees]})
 
-    return [TrainedMember(t.config, t.state(), t.best_state, t.history) for t in trainees]
+    return [TrainedMember(t.config, t.state(), t.best_state, t.kept, t.history) for t in trainees]
 
 
 @torch.no_grad()

@@ -113,8 +113,8 @@ class Published:
 class Guidance:
     """Which discriminators guide, how they are combined, and how strongly (table 2)."""
 
-    discriminators: "Trained | Published"
-    members: tuple[int, ...]
+    discriminators: "Trained | Published | Joint"
+    members: tuple[int | tuple[int, int], ...]
     rule: str = "mean_logit"
     state: str = "last"
     weight_1st_order: float = 2.0
@@ -215,7 +215,11 @@ def generate(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guid
 
 @dataclass(frozen=True)
 class Training:
-    """How discriminators are trained: data, frozen extractor, head, and the members of table 1."""
+    """How discriminators are trained: data, frozen extractor, head, and the members of table 1.
+
+    kept: (member, epoch) pairs whose states are kept besides the last and the best. resampling: which images a
+    member sees, a name of `discriminator.RESAMPLINGS`.
+    """
 
     dataset: str
     feature_extractor: str
@@ -227,6 +231,8 @@ class Training:
     sequential: bool = False
     precision: str = "auto"
     held_out_every: int = 10
+    kept: tuple[tuple[int, int], ...] = ()
+    resampling: str = "none"
 
 
 def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_head_channels: int) -> dict:
@@ -261,6 +267,7 @@ class Trained:
     config: Training
     fakes: ImageSet
     artifact: Artifact
+    better: ImageSet | None = None
 
     @property
     def digest(self) -> str:
@@ -278,16 +285,20 @@ class Trained:
     def ensemble(self, members=None, rule: str = "mean_logit", state: str = "last") -> Ensemble:
         """Heads `members` (default: all) in a state: "last", "best" (lowest validation loss), or "initial".
 
-        "initial", before any training, is the control: what a push by a network that knows nothing does.
+        "initial", before any training, is the control: what a push by a network that knows nothing does. A member
+        may also be a pair (member, epoch) of those that the training kept, whatever `state` is.
         """
         members = range(len(self.config.members)) if members is None else members
-        if state not in ("last", "best", "initial") or not all(0 <= m < len(self.config.members) for m in members):
-            raise UserError(f"no discriminators {list(members)} in state '{state}': states are last, best, initial, "
-                            f"members 0 to {len(self.config.members) - 1}")  # fmt: skip
+        pairs = [(m, f"epoch{epoch}") for m, epoch in self.config.kept]
+        wanted = [(m[0], f"epoch{m[1]}") if isinstance(m, tuple) else (m, state) for m in members]
+        known = [(m, which) for m in range(len(self.config.members)) for which in ("last", "best", "initial")] + pairs
+        if missing := [pair for pair in wanted if pair not in known]:
+            raise UserError(f"no discriminator {missing[0][0]} in state '{missing[0][1]}': states are last, best, "
+                            f"initial and {self.config.kept}, members 0 to {len(self.config.members) - 1}")  # fmt: skip
         heads = []
-        for m in members:
-            prefix, head = f"{m}.{state}.", init_head(self.config.head, self.config.seed, m)
-            if state != "initial":
+        for m, which in wanted:
+            prefix, head = f"{m}.{which}.", init_head(self.config.head, self.config.seed, m)
+            if which != "initial":
                 head.load_state_dict({k.removeprefix(prefix): v for k, v in self._tensors.items()
                                       if k.startswith(prefix)})  # fmt: skip
             heads.append(head)
@@ -296,12 +307,34 @@ class Trained:
     @cached_property
     def test_split(self) -> Split:
         """The images that no member was trained or validated on."""
-        return splits(self.config, self.fakes)[2]
+        return splits(self.config, self.fakes, self.better)[2]
 
 
-def splits(training: Training, fakes: ImageSet) -> list[Split]:
-    """Train, validation and test parts of as many real as generated images, stratified, seeded."""
-    real, labels = datasets.load_dataset(training.dataset, "train")
+@dataclass(frozen=True)
+class Joint:
+    """The first members of several trainings on one extractor, for a `Guidance` in the place of one training's."""
+
+    parts: tuple[Trained, ...]
+
+    @property
+    def digest(self) -> str:
+        return digest_of_json([part.digest for part in self.parts])
+
+    def ensemble(self, members, rule: str, state: str) -> Ensemble:
+        """Member m is the first of training m."""
+        heads = [self.parts[m].ensemble((0,), rule, state).heads[0] for m in members]
+        return Ensemble(checkpoints.load_feature_extractor(self.parts[0].config.feature_extractor), heads, rule)
+
+
+def splits(training: Training, fakes: ImageSet, better: ImageSet | None = None) -> list[Split]:
+    """Train, validation and test parts of as many real as generated images, stratified, seeded.
+
+    better: generated images that stand in the place of the real ones.
+    """
+    if better is None:
+        real, labels = datasets.load_dataset(training.dataset, "train")
+    else:
+        real, labels = better.images, np.full(better.n, -1)
     n = training.num_real
     if n != fakes.n or n > len(real) or n < 10:
         raise UserError(f"{n} real and {fakes.n} generated images: give as many of each, from 10 to {len(real)}")
@@ -313,12 +346,13 @@ def splits(training: Training, fakes: ImageSet) -> list[Split]:
     ]
 
 
-def train(store: Store, training: Training, fakes: ImageSet, label: str = "discriminators") -> Trained:
-    """Train the members, resuming at the last finished epoch if a run was interrupted."""
+def train(store: Store, training: Training, fakes: ImageSet, label: str = "discriminators",
+          better: ImageSet | None = None) -> Trained:  # fmt: skip
+    """Train the members, resuming at the last finished epoch if a run was interrupted. better: as in `splits`."""
     training = replace(training, precision=resolve_precision(training.precision))
     inputs = {
         "fakes": fakes.digest,
-        "real": datasets.dataset_digest(training.dataset, "train"),
+        "real": better.digest if better else datasets.dataset_digest(training.dataset, "train"),
         "feature_extractor": checkpoints.weights_digest(training.feature_extractor),
     }
     artifact = store.artifact("train", VERSIONS["train"], dataclasses.asdict(training), inputs, label)
@@ -332,7 +366,7 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
         if saved := store.load_partial(artifact.name):
             info, _, tensors = saved.partition(b"\n")
             resume = safetensors.torch.load(tensors), json.loads(info)
-        learn, validate, _ = splits(training, fakes)
+        learn, validate, _ = splits(training, fakes, better)
         extractor = checkpoints.load_feature_extractor(training.feature_extractor).to(device())
         done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
         with tqdm(total=sum(m.epochs for m in training.members), initial=done, desc=label, unit=" epochs") as bar:
@@ -344,10 +378,10 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
             members = train_discriminators(
                 extractor, training.head, learn.images, learn.labels, validate.images, validate.labels,
                 training.members, training.batch_size, training.seed, training.precision, training.sequential,
-                progress, checkpoint, resume,
+                progress, checkpoint, resume, training.kept, training.resampling,
             )  # fmt: skip
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
-                  for which, state in (("last", member.last_state), ("best", member.best_state))
+                  for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
                   for k, v in state.items()}  # fmt: skip
         checkpoints.write_tensors(folder / "heads.safetensors", states, {})
         (folder / "history.json").write_text(json.dumps([member.history for member in members]))
@@ -355,7 +389,7 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
 
     artifact.compute(make)
     store.drop_partial(artifact.name)
-    return Trained(training, fakes, artifact)
+    return Trained(training, fakes, artifact, better)
 
 
 def held_out_logits(store: Store, trained: Trained, vp_times) -> tuple[np.ndarray, np.ndarray]:

@@ -19,10 +19,10 @@ from .discriminator import Ensemble, init_head, train_discriminators
 from .edm import Denoiser
 from .errors import UserError
 from .guidance import grad_log_density_ratio
-from .jobs import ImageSet, RealSet, Trained
+from .jobs import ImageSet, RealSet
 from .noise import karras_sigmas, sigma_to_vp_time
 from .sampler import network_denoiser, nfe
-from .store import provenance
+from .store import Artifact, provenance
 from .study import Study
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
@@ -59,10 +59,9 @@ def _guided_steps(config: dict) -> int:
     return int(first + (inside[1:].sum() if guidance["weight_2nd_order"] else 0))
 
 
-def _images(study: Study, arms: list[ImageSet | RealSet]) -> Step:
+def _images(study: Study, arms: list[ImageSet | RealSet], spaces: list[str]) -> Step:
     """What image sets cost that are the same images, of different numbers: the largest, and the features of each."""
-    arm, missing, cost = max(arms, key=lambda arm: arm.n), [], {}
-    disk = 0
+    arm, missing, cost, disk = max(arms, key=lambda arm: arm.n), [], {}, 0
     if isinstance(arm, ImageSet) and (lacking := arm.rows.missing(arm.n)):
         config, count = arm.rows.artifact.identity["config"], len(lacking) * arm.rows.shard_size
         evaluations = nfe(config["num_steps"]) if config["sampler"] == "heun" else config["num_steps"]
@@ -72,9 +71,10 @@ def _images(study: Study, arms: list[ImageSet | RealSet]) -> Step:
         disk = count * math.prod(checkpoints.image_shape(config["score_network"]))
         missing.append(arm.rows.status(arm.n).reason)
     features = {}
-    for space in study.feature_spaces:
-        rows = [jobs.feature_rows(study.store, part, space) for part in {part.digest: part for part in arms}.values()]
-        if count := sum(len(part.missing(n)) * part.shard_size for part, n in zip(rows, _sizes(arms), strict=True)):
+    for space in spaces:
+        sets = [(jobs.feature_rows(study.store, part, space), part.n)
+                for part in {part.digest: part for part in arms}.values()]  # fmt: skip
+        if count := sum(len(rows.missing(n)) * rows.shard_size for rows, n in sets):
             features[space] = count
             disk += 4 * DIMENSIONS.get(space.split("@")[0], 512) * count
     if features:
@@ -82,35 +82,37 @@ def _images(study: Study, arms: list[ImageSet | RealSet]) -> Step:
     return Step(arm.label, arm.n, tuple(missing), features=features, disk=disk, **cost)
 
 
-def _sizes(arms) -> list[int]:
-    return [arm.n for arm in {arm.digest: arm for arm in arms}.values()]
-
-
-def _training(trained: Trained) -> Step:
-    status, config = trained.artifact.status(), trained.config
-    images = 2 * config.num_real * (config.held_out_every - 2) // config.held_out_every
-    work = 0 if status.hit else images * sum(member.epochs for member in config.members)
-    label = "training: " + ", ".join(f"{m.name} {m.epochs}" for m in config.members) + " epochs"
+def _training(artifact: Artifact) -> Step:
+    status, config = artifact.status(), artifact.identity["config"]
+    images = 2 * config["num_real"] * (config["held_out_every"] - 2) // config["held_out_every"]
+    epochs = {member["name"]: member["epochs"] for member in config["members"]}
+    label = f"training: {artifact.label}, " + ", ".join(f"{name} {n}" for name, n in epochs.items()) + " epochs"
+    work = 0 if status.hit else images * sum(epochs.values())
     return Step(label, images, () if status.hit else (status.reason,), train=work)
 
 
 def steps(parameters: dict) -> list[Step]:
-    """Every artifact of a profile's notebooks that costs more than seconds, in order, each once."""
+    """Every artifact of a profile's notebooks that costs more than seconds, each once: what they train, then draw."""
     study = Study.from_parameters(parameters)
-    study.__dict__["store"] = jobs.open_store(study.profile, dry=True)
-    sweep_trainings = study.sweep_trainings(parameters["sweep_epoch_scales"]).values()
-    arms = [study.reference]
-    for group in (study.evaluation_arms(), study.published_arms(), study.claim_arms(), study.ensemble_arms(),
-                  *study.sweep_arms(*(parameters[name] for name in SWEEP)).values()):  # fmt: skip
-        arms += group.values()
-    arms += [arm for blocks in study.seed_block_arms().values() for arm in blocks]
+    study.__dict__["store"] = store = jobs.open_store(study.profile, dry=True)
+    study.sweep_trainings(parameters["sweep_epoch_scales"])
+    scored = [study.reference]
+    for arms in (study.evaluation_arms(), study.published_arms(), study.claim_arms(), study.ensemble_arms(),
+                 study.ladder_arms(), study.variant_arms(),
+                 *study.sweep_arms(*(parameters[name] for name in SWEEP)).values()):  # fmt: skip
+        scored += arms.values()
+    for several in (study.seed_block_arms(), study.repeat_arms() if study.ladder else {}):
+        scored += [arm for arms in several.values() for arm in arms]
     sets: dict[tuple, list] = {}
-    for arm in arms:
+    for arm in scored:
         key = (arm.rows.artifact.digest, arm.seeds.start) if isinstance(arm, ImageSet) else (arm.digest,)
         sets.setdefault(key, []).append(arm)
-    fakes = _images(replace(study, feature_spaces=[]), [study.fakes])
-    trainings = {trained.digest: trained for trained in (study.trained, *sweep_trainings)}
-    return [fakes, *map(_training, trainings.values()), *(_images(study, group) for group in sets.values())]
+    learnt = {rows.artifact.digest: ImageSet(rows.artifact.label, n, rows)
+              for rows, n in (asked for asked in store.asked if isinstance(asked, tuple))
+              if (rows.artifact.digest, rows.first_seed) not in sets}  # fmt: skip
+    trainings = {asked.digest: asked for asked in store.asked if isinstance(asked, Artifact)}
+    return [*(_images(study, [fakes], []) for fakes in learnt.values()), *map(_training, trainings.values()),
+            *(_images(study, arms, study.feature_spaces) for arms in sets.values())]  # fmt: skip
 
 
 # ---- how fast is this machine ------------------------------------------------------------

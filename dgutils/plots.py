@@ -165,9 +165,11 @@ def _interval(ax, x, y, interval, index, horizontal, filled=True):
 def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
     """Dots with intervals, a row an arm, a panel a score; zero is the arm that all are compared to.
 
-    changes: panel's axis label -> {arm: Interval}, laid out two panels a row; groups: arm -> style index.
+    changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most so many inches.
     """
-    fig, axes = panels(-(-len(changes) // 2), min(2, len(changes)), height, sharey=True, squeeze=False)
+    down = -(-len(changes) // 2)
+    height = min(height, down * (0.6 + 0.17 * len(groups)))
+    fig, axes = panels(down, min(2, len(changes)), height, sharey=True, squeeze=False)
     for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
         for row, (arm, interval) in enumerate(arms.items()):
             _interval(ax, interval.value, row, interval, groups[arm], horizontal=True)
@@ -344,29 +346,23 @@ def training_curves(histories: dict, chance: float):
 
     histories: name -> rows of `Trained.history`; chance: the loss that knows nothing, ln 2.
     """
-    groups = [list(histories.items())[i : i + 3] for i in range(0, len(histories), 3)]
-    fig, axes = panels(2 * len(groups), 3, 1.35 * 2 * len(groups), squeeze=False, sharey="none")
-    losses = [row[key] for rows in histories.values() for row in rows for key in ("train_loss", "val_loss")]
-    accuracies = [row[key] for rows in histories.values() for row in rows for key in ("train_accuracy", "val_accuracy")]
-    for column, row, name, history in [(c, r, *item) for r, group in enumerate(groups) for c, item in enumerate(group)]:
+    fig, axes = panels(2, len(histories), 2.5, squeeze=False, sharey="row")
+    for (name, history), column in zip(histories.items(), axes.T, strict=True):
         epochs = [entry["epoch"] for entry in history]
         best = min(history, key=lambda entry: entry["val_loss"])["epoch"]
-        for ax, quantity, level in zip(axes[2 * row :, column], ("loss", "accuracy"), (chance, 0.5), strict=False):
+        for ax, quantity, level in zip(column, ("loss", "accuracy"), (chance, 0.5), strict=True):
             ax.axhline(level, color="0.55", linewidth=0.8, linestyle=":")
             ax.axvline(best, color="0.75", linewidth=2.5, zorder=0)
-            every = max(1, len(epochs) // 10)
-            ax.plot(epochs, [entry[f"train_{quantity}"] for entry in history], **style(0), markevery=every,
-                    label="training")  # fmt: skip
-            ax.plot(epochs, [entry[f"val_{quantity}"] for entry in history], **style(1), markevery=every,
-                    label="validation")  # fmt: skip
-            values = losses if quantity == "loss" else accuracies
-            margin = 0.06 * (max(values) - min(values)) + 0.005
-            ax.set(ylim=(min(*values, level) - margin, max(*values, level) + margin), xlim=(0.5, len(epochs) + 0.5))
-            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-            if column == 0:
-                ax.set_ylabel(f"{quantity} (nats)" if quantity == "loss" else quantity)
-        axes[2 * row, column].set_title(f"{name} (best: epoch {best})")
-        axes[2 * row + 1, column].set_xlabel("epoch")
+            for i, (part, label) in enumerate((("train", "training"), ("val", "validation"))):
+                ax.plot(epochs, [entry[f"{part}_{quantity}"] for entry in history], **style(i), label=label,
+                        markevery=max(1, len(epochs) // 5))  # fmt: skip
+            ax.set_xlim(0.5, len(epochs) + 0.5)
+            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
+            ax.tick_params(labelsize=7)
+        column[0].set_title(f"{name}\nbest: epoch {best}", fontsize=8, linespacing=1)
+        column[1].set_xlabel("epoch", fontsize=8)
+    axes[0, 0].set_ylabel("loss (nats)")
+    axes[1, 0].set_ylabel("accuracy")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=2)
     return fig

@@ -1,4 +1,4 @@
-"""The report: its numbers, tables and provenance as LaTeX, from the results of one profile, and the build of the PDF."""
+"""The report: a profile's numbers, tables and provenance as LaTeX, and the build of the PDF."""
 
 import os
 import re
@@ -54,7 +54,9 @@ def numbers(results: Results) -> dict[tuple[str, str], str]:
 def table(results: Results, name: str) -> dict[tuple[str, str], str]:
     """The cells of a table, its caption, the names of its columns, and the number of its rows without the heads."""
     heads, *rows = results.cells(name, latex=True)
-    columns = [slug(head) for head in results.tables[name]["columns"][1:]]
+    columns = []
+    for head in map(slug, results.tables[name]["columns"][1:]):  # of two heads alike the second is head-2
+        columns.append(f"{head}-{columns.count(head) + 1}" if head in columns else head)
     long = max((len(row[0]) for row in rows), default=0) > 40
     found = {("caption", name): latex_escape(results.tables[name]["caption"]), ("columns", name): ",".join(columns),
              ("rows", name): str(len(rows)), ("labels", name): "p{1.8in}" if long else "l"}
@@ -62,7 +64,8 @@ def table(results: Results, name: str) -> dict[tuple[str, str], str]:
              if len(head) > 14 else head for head in heads]  # fmt: skip
     for number, (label, *cells) in enumerate([heads, *rows]):
         found["cell", f"{name}/{number}/label"] = rf"\raggedright {label}" if long and number else label
-        found |= {("cell", f"{name}/{number}/{column}"): cell or "{}" for column, cell in zip(columns, cells, strict=True)}
+        found |= {("cell", f"{name}/{number}/{column}"): cell or "{}"
+                  for column, cell in zip(columns, cells, strict=True)}  # fmt: skip
     return found
 
 
@@ -109,9 +112,9 @@ def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | st
     results, out_dir = load_results(profile, root), Path(out_dir or repo_root() / "report" / "generated").absolute()
     stale = trace.stale(results)
     lines = ["% Written by dgutils/report.py from the results of one profile; edits are lost.",
-             rf"\newcommand{{\dgprofile}}{{{latex_escape(profile)}}}",
-             rf"\newcommand{{\dgwatermark}}{{{latex_escape(results.watermark)}}}",
-             r"\newcommand{\dgstale}{" + "".join(rf"\item {latex_escape(line)}" for line in stale) + "}",
+             rf"\def\dgprofile{{{latex_escape(profile)}}}",
+             rf"\def\dgwatermark{{{latex_escape(results.watermark)}}}",
+             r"\def\dgstale{" + "".join(rf"\item {latex_escape(line)}" for line in stale) + "}",
              *(rf"\dg@set{{{what}}}{{{key}}}{{{text}}}" for (what, key), text in sorted(numbers(results).items())), ""]
     write_if_changed(out_dir / "numbers.tex", "\n".join(lines))
     plots.save_diagram(plots.method(), out_dir / "method.pdf")

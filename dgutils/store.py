@@ -199,10 +199,14 @@ def log_line(line: str) -> None:
 
 @dataclass
 class Store:
-    """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines; a `dry` store makes nothing."""
+    """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines.
+
+    A `dry` store makes nothing, and remembers in `asked` what it would have: artifacts, and (set, number of rows).
+    """
     root: Path | str
     log: Callable[[str], None] = log_line
     dry: bool = False
+    asked: list = field(default_factory=list)
 
     def __post_init__(self):
         self.root = Path(self.root).absolute()
@@ -324,7 +328,9 @@ class Artifact:
         with disk_errors(self.store.root):
             status = self.status()
             self.say(status)
-            if not status.hit and not self.store.dry:
+            if self.store.dry:
+                self.store.asked.append(self)
+            elif not status.hit:
                 self.obtain(make)
         return self
 
@@ -404,6 +410,7 @@ class ShardedSet:
             status, ranks = self.status(n), distributed.group()
             self.artifact.say(status._replace(reason=f"{n} rows, {status.reason}"))
             if self.artifact.store.dry:
+                self.artifact.store.asked.append((self, n))
                 return self
             size, parts = self.shard_size, self.parts(n)
             here = {part.shard for part in parts} & self.verified

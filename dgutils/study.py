@@ -14,6 +14,7 @@ from .errors import UserError
 from .jobs import (
     Guidance,
     ImageSet,
+    Joint,
     Published,
     RealSet,
     Sampling,
@@ -28,6 +29,27 @@ from .jobs import (
     train,
 )
 from .store import Store
+
+# The faults of the study's ensemble, in the order in which the ladder mends them (`Study.faulty_arm`).
+FAULTS = {
+    "raw_logits": "raw logits taken for probabilities",
+    "sequential": "one network carried through all six settings",
+    "wrong_file": "member 1 at an early epoch in slot 3",
+    "last_epoch": "last epochs, not those of the least held-out loss",
+    "boosting": "boosting on the unconditional model",
+    "steps": "as many steps as evaluations were meant",
+    "batch_size": "half the batch in training",
+}
+WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held
+
+# Ensembles beyond the study's (`Study.variant_arms`).
+VARIANTS = {
+    "bootstrap": "members on bootstrap samples",
+    "disjoint": "members on disjoint parts of the data",
+    "best": "members at their least held-out loss",
+    "worse": "generated against worse generated images",
+    "tasks": "real against generated, and generated against worse",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,12 @@ class Study:
     conditional_discriminator: str
     cfg_weights: list
     ancestral_steps: int
+    ladder: list
+    as_run: dict
+    repeats: int
+    num_key: int
+    variants: list
+    worse_steps: int
     watermark: str
 
     @classmethod
@@ -114,7 +142,8 @@ class Study:
                                  s.epoch_scale)  # fmt: skip
         head = head_config(s.feature_extractor, s.head_width, s.head_blocks, s.head_channels)
         return Training(s.dataset, s.feature_extractor, head, members, s.num_fake, s.discriminator_batch_size,
-                        s.training_seed, s.sequential, s.precision, s.held_out_every)  # fmt: skip
+                        s.training_seed, s.sequential, s.precision, s.held_out_every,
+                        (s.wrong_state,) if "wrong_file" in s.ladder else ())  # fmt: skip
 
     @cached_property
     def trained(self) -> Trained:
@@ -208,7 +237,7 @@ class Study:
         for scale in (self.epoch_scale, *epoch_scales):
             training = self.training(epoch_scale=scale)
             epochs = training.members[0].epochs
-            alone = replace(training, members=training.members[:1])  # epochs of one member need no others
+            alone = replace(training, members=training.members[:1], kept=())  # epochs of one member need no others
             trained[epochs] = self.trained if scale == self.epoch_scale else train(
                 self.store, alone, self.fakes, f"Paper, {epochs} epochs")  # fmt: skip
         return trained
@@ -244,6 +273,97 @@ class Study:
                  "raw_one": f"raw logits of {self.member_names[0]}"}
         words |= {name.lower(): f"guidance by {name}" for name in self.member_names}
         return {name: self.arm(words.get(name, f"ensemble, {name}"), rule) for name, rule in guidance.items()}
+
+    # ---- why the ensemble failed
+
+    def trained_with(self, label: str, **changes) -> Trained:
+        """Discriminators on `fakes`, trained with other Study fields than this profile's (training_seed=...)."""
+        training = self.training(**changes)
+        return self.trained if training == self.training() else train(self.store, training, self.fakes, label)
+
+    @property
+    def wrong_state(self) -> tuple[int, int]:
+        """(member, epoch), scaled as all epochs are, of the file that lay in slot 3."""
+        return WRONG_MEMBER, max(1, round(WRONG_EPOCH * self.epoch_scale))
+
+    def faulty_arm(self, faults, name: str, n: int | None = None, repeat: int = 0) -> ImageSet:
+        """The ensemble with some of FAULTS; without any, the correct one: all members by their mean probability.
+
+        `as_run` has the settings of the study's that faults stand for. repeat: which training, of other seeds.
+        """
+        if unknown := set(faults) - FAULTS.keys():
+            raise UserError(f"unknown fault {sorted(unknown)[0]!r}: choose from {', '.join(FAULTS)}")
+        changes = {"sequential": "sequential" in faults, "training_seed": self.training_seed + repeat}
+        if "batch_size" in faults:
+            changes["discriminator_batch_size"] = self.as_run["discriminator_batch_size"]
+        label = "one network, six settings" if "sequential" in faults else "six discriminators"
+        label += f", batches of {changes.get('discriminator_batch_size', self.discriminator_batch_size)}"
+        trained = self.trained_with(f"{label}, training {repeat + 1}", **changes)
+        members = list(self.everyone)
+        if "wrong_file" in faults:
+            members[WRONG_SLOT] = self.wrong_state
+        guidance = self.guidance(
+            members, "raw_logits_as_probabilities" if "raw_logits" in faults else "mean_probability",
+            discriminators=trained, state="last" if "last_epoch" in faults else "best",
+            boosting=self.as_run["boosting"] if "boosting" in faults else self.boosting,
+        )  # fmt: skip
+        return self.arm(name, guidance, n, num_steps=self.as_run["num_steps"] if "steps" in faults else self.num_steps)
+
+    def ladder_arms(self) -> dict[str, ImageSet]:
+        """Notebook 06: from the study's ensemble to the correct one, a fault mended at a time, and back.
+
+        "as_run"; "without_<fault>": this fault and those before it mended; "correct"; "only_<fault>". {} for no ladder.
+        """
+        if not self.ladder:
+            return {}
+        arms = {"as_run": self.faulty_arm(self.ladder, "as the study ran it")}
+        for i, fault in enumerate(self.ladder[:-1], 1):
+            arms[f"without_{fault}"] = self.faulty_arm(self.ladder[i:], f"mended: {FAULTS[fault]}")
+        arms["correct"] = self.faulty_arm([], "the correct ensemble")
+        return arms | {f"only_{fault}": self.faulty_arm([fault], f"only: {FAULTS[fault]}") for fault in self.ladder}
+
+    def repeat_arms(self) -> dict[str, list[ImageSet]]:
+        """Notebook 06: the key arms, num_key images for each of `repeats` trainings; unguided needs but one."""
+        arms = {"paper": [], "correct": [], "as_run": []}
+        for repeat in range(self.repeats):
+            trained = self.trained_with(f"six discriminators, training {repeat + 1}",
+                                        training_seed=self.training_seed + repeat)  # fmt: skip
+            guidance = self.guidance((0,), discriminators=trained, state="best")
+            arms["paper"].append(self.arm(f"Paper, training {repeat + 1}", guidance, self.num_key))
+            for name, faults in (("correct", []), ("as_run", self.ladder)):
+                arms[name].append(self.faulty_arm(faults, f"{name}, training {repeat + 1}", self.num_key, repeat))
+        return arms
+
+    def variant_arms(self) -> dict[str, ImageSet]:
+        """Notebook 06: ensembles beyond the study's, those of VARIANTS that the profile names.
+
+        "worse" needs a second generated set, at worse_steps steps: the log-ratio of two samplers, not of data and
+        model; guidance along it leads on from the worse to the better. "tasks" joins it with Paper's (FairGAN).
+        """
+        arms = {}
+        for name in self.variants:
+            if name in ("bootstrap", "disjoint"):
+                trained = train(self.store, replace(self.training(), resampling=name), self.fakes, VARIANTS[name])
+                guidance = self.guidance(self.everyone, "mean_probability", discriminators=trained)
+            elif name == "best":
+                guidance = self.guidance(self.everyone, "mean_probability", state="best")
+            elif name in ("worse", "tasks"):
+                against = self.worse_trained
+                joint = Joint((self.trained, against)) if name == "tasks" else against
+                guidance = self.guidance((0, 1) if name == "tasks" else (0,), discriminators=joint)
+            else:
+                raise UserError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+            arms[name] = self.arm(VARIANTS[name], guidance)
+        return arms
+
+    @cached_property
+    def worse_trained(self) -> Trained:
+        """The first member's settings, trained to tell `fakes` (label 1) from images of fewer steps (label 0)."""
+        worse = generate(self.store, replace(self.sampling, num_steps=self.worse_steps), self.num_fake, self.fake_seed,
+                         label=f"fake set of {self.worse_steps} steps")  # fmt: skip
+        training = self.training()
+        training = replace(training, members=training.members[:1], kept=())
+        return train(self.store, training, worse, "generated against worse", better=self.fakes)
 
     # ---- scores
 

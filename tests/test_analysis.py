@@ -75,7 +75,7 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(torch.tensor(w, dtype=torch.float64))
 
-    def forward(self, features, vp_time):
+    def forward(self, features, vp_time, class_labels=None):
         return features.flatten(1) @ self.w[:, None]
 
 
@@ -100,3 +100,18 @@ def test_fault_gain_is_the_slope_of_the_faulty_rule():
     gain = analysis.fault_gain(logit.detach().numpy())
     assert np.abs(gain / np.maximum(slope.numpy(), 1) - slope.numpy().clip(max=1)).max() < 1e-9
     assert gain.tolist()[:3] == [0, 0, 0] and gain[4] == 4 and gain[6] == 0
+
+
+def test_over_trainings_is_students_interval():
+    """Of 1, 2, 3: mean 2, SD 1, and t(0.975; 2) = 4.302653 (any table of Student's distribution)."""
+    interval = analysis.over_trainings([1.0, 2.0, 3.0])
+    assert abs(interval.value - 2) < 1e-12 and abs(interval.high - (2 + 4.302653 / 3**0.5)) < 1e-5
+    assert abs(interval.low + interval.high - 4) < 1e-12
+    alone = analysis.over_trainings([5.0])
+    assert (alone.value, alone.low, alone.high) == (5, 5, 5)
+
+
+def test_held_out_finds_the_best_epoch():
+    history = [dict(epoch=e, val_loss=v, train_loss=t) for e, v, t in ((1, 0.7, 0.7), (2, 0.6, 0.6), (3, 0.9, 0.3))]
+    assert analysis.held_out(history) == {
+        "epochs": 3, "best_epoch": 2, "best_loss": 0.6, "last_loss": 0.9, "last_train_loss": 0.3}

@@ -10,6 +10,7 @@ from torch import nn
 
 from dgutils.adm import EncoderUNet
 from dgutils.discriminator import (
+    RESAMPLINGS,
     RULES,
     TABLE_1,
     Discriminator,
@@ -298,3 +299,55 @@ def test_user_errors():
         train_discriminators(*arguments, [member(min_time=1.0)], 8, 0)
     with pytest.raises(UserError, match="unknown precision"):
         train_discriminators(*arguments, [member()], 8, 0, precision="float16")
+
+
+# --- which images members see, and which epochs are kept
+
+
+def small_images(n):
+    """n real and n generated images of noise, with labels."""
+    images = np.random.default_rng(0).integers(0, 256, (2 * n, 8, 8, 1), np.uint8)
+    return images, np.repeat([1, 0], n)
+
+
+def train_small(images=None, labels=None, epochs=2, seed=0, **options):
+    """Two members, a few epochs."""
+    if images is None:
+        images, labels = small_images(12)
+    members = [MemberConfig("a", 1e-3, 0.0, 1), MemberConfig("b", 1e-3, 0.0, epochs)]
+    held_out = small_images(2)
+    return train_discriminators(network(EXTRACTOR, 0, torch.float32), HEAD, images, labels, *held_out, members, 8, seed,
+                                **options)
+
+
+def test_resamplings_are_what_they_say():
+    labels = np.repeat([1, 0], 60)
+    boot = RESAMPLINGS["bootstrap"](labels, 3, 0)
+    assert (boot.sum(1) == len(labels)).all() and (boot[0] != boot[1]).any()
+    assert 0.55 < (boot > 0).mean() < 0.72  # 1 - 1/e of the images at least once
+    parts = RESAMPLINGS["disjoint"](labels, 6, 0)
+    assert (parts.sum(0) == 1).all() and (parts[:, labels == 1].sum(1) == 10).all() and (parts.sum(1) == 20).all()
+    assert (RESAMPLINGS["none"](labels, 2, 0) == 1).all()
+    with pytest.raises(UserError, match="unknown resampling 'jackknife': choose one of none, bootstrap, disjoint"):
+        train_small(resampling="jackknife")
+
+
+def test_a_member_of_disjoint_parts_does_not_know_the_others_images():
+    """Changing every image of part 1 leaves the member of part 0 as it was, and changes the member of part 1."""
+    images, labels = small_images(24)
+    part = RESAMPLINGS["disjoint"](labels, 2, 3)[1].astype(bool)
+    changed = images.copy()
+    changed[part] = 255 - changed[part]
+    a, b = (train_small(images=i, labels=labels, resampling="disjoint", seed=3) for i in (images, changed))
+    same = [all(torch.equal(x.last_state[k], y.last_state[k]) for k in x.last_state) for x, y in zip(a, b, strict=True)]
+    assert same == [True, False]
+
+
+def test_kept_epoch_is_what_a_shorter_training_ends_with():
+    long = train_small(epochs=3, kept=((1, 2),))
+    short = train_small(epochs=2)
+    assert long[0].kept == {} and list(long[1].kept) == ["epoch2"]
+    for key, value in short[1].last_state.items():
+        assert torch.equal(long[1].kept["epoch2"][key], value)
+    with pytest.raises(UserError, match="cannot keep epoch 4 of member 1"):
+        train_small(epochs=3, kept=((1, 4),))

@@ -1,24 +1,26 @@
 """The report: it builds from any profile's results, and each number in it is one that a notebook records."""
 
 import ast
-import os
 import re
 import shutil
-import subprocess
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import nbformat
 import pytest
+from matplotlib.figure import Figure
+from pypdf import PdfReader
 
-from dgutils import plots
-from dgutils.results import Recorder, load_results, published, write_latex
+from dgutils import check_report, plots, report
+from dgutils.errors import UserError
+from dgutils.notebooks import load_profile
+from dgutils.results import Recorder, load_results, published
 from dgutils.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "\n".join(path.read_text() for path in [ROOT / "report/main.tex", *sorted(ROOT.glob("report/sections/*.tex"))])
-TEXT = re.sub(r"(?<!\\)%.*", "", TEXT)
+TEXT = check_report.without_comments(TEXT)
 CODE = [cell.source for path in sorted(ROOT.glob("notebooks/0*.ipynb"))
         for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
@@ -29,7 +31,7 @@ def used(command: str) -> list[str]:
 
 
 KEYS = used("(?:res|resval|resint|resn)")
-FIGURES, TABLES = used("dgfigure"), used("dgtable")
+FIGURES, TABLES = used("dgfigure"), used(r"dgtable(?:\[[^]]*\])?")
 
 # --- what the text names is what the notebooks make
 
@@ -45,12 +47,13 @@ def strings(sources: list[str]) -> tuple[set[str], list[list]]:
 def key_test(sources: list[str]):
     """A function that says whether these programs can record a key.
 
-    {...} in an f-string stands for a number or a word that is a string somewhere. A key is made whole, or of a
+    {...} in an f-string stands for a number or a word that is a string somewhere, or begins as such an f-string. A key is made whole, or of a
     whole beginning and an f-string that begins with {...}, as in f"{key}.{score}_change".
     """
     plain, formatted = strings(sources)
     words = {word.lower() for word in plain if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", word)}
-    word = "(?:[0-9]+|" + "|".join(sorted(words)) + ")"
+    beginnings = {parts[0] for parts in formatted if len(parts) == 2 and str(parts[0]).endswith("_")}  # f"only_{fault}"
+    word = f"(?:[0-9]+|(?:{'|'.join(sorted(beginnings))})?(?:{'|'.join(sorted(words))}))"
     forms = [(parts[0] is None, "".join(word if part is None else re.escape(part) for part in parts))
              for parts in formatted if len(parts) < 8]
     wholes = [re.compile(form) for open_start, form in forms if not open_start]
@@ -67,7 +70,7 @@ def key_test(sources: list[str]):
 
 
 def test_every_key_of_the_text_is_recorded_or_published():
-    recorded = key_test([*CODE, (ROOT / "dgutils/analysis.py").read_text()])
+    recorded = key_test([*CODE, *((ROOT / f"dgutils/{module}.py").read_text() for module in ("analysis", "study"))])
     for key in ("arm.paper.first.kid_chnage", "arm.papre.first.kid_change", "toy.exact"):
         assert not recorded(key), key  # so that the test can fail
     settings = vars(Study)["__dataclass_fields__"] if any(".settings(study)" in source for source in CODE) else ()
@@ -77,115 +80,207 @@ def test_every_key_of_the_text_is_recorded_or_published():
 
 
 def test_every_figure_and_table_of_the_text_is_made():
-    assert {*FIGURES, *TABLES, *used("rescaption")} <= strings(CODE)[0] | {"provenance"}
+    assert {*FIGURES, *TABLES, *used("rescaption")} <= strings(CODE)[0]
 
 
-def test_every_figure_table_and_source_is_cited():
-    floats = set(re.findall(r"\\label{((?:fig|tab):[^}]+)}", TEXT))
-    assert floats == {ref for ref in re.findall(r"\\ref{([^}]+)}", TEXT) if ref.startswith(("fig:", "tab:"))}
+def test_every_source_of_the_list_is_cited():
     cited = {key.strip() for group in re.findall(r"\\cite\w*{([^}]+)}", TEXT) for key in group.split(",")}
-    assert cited == set(re.findall(r"^@\w+{([^,]+),", (ROOT / "report/references.bib").read_text(), re.MULTILINE))
+    listed = (ROOT / "report/references.bib").read_text() + (ROOT / "report/study.bib").read_text()
+    assert cited == set(re.findall(r"^@\w+{([^,]+),", listed, re.MULTILINE))
 
 
-def test_settings_and_origin_of_a_run_are_recorded(tmp_path):
+def test_settings_of_a_run_are_recorded(tmp_path):
     recorder = Recorder("quick", "01_fake_samples", tmp_path)
-    recorder.settings(SimpleNamespace(num_steps=18, sigma_max=80.0, min_time=1e-5, boosting="none", epochs=[60, 40]))
+    recorder.settings(SimpleNamespace(num_steps=18, sigma_max=80.0, min_time=1e-5, boosting="none", epochs=[60, 40],
+                                      watermark=""))  # fmt: skip
     recorder.write()
     loaded = load_results("quick", tmp_path)
     assert {key: loaded.text(key) for key in recorder.records} == {
         "settings.num_steps": "18", "settings.sigma_max": "80", "settings.min_time": "1e-05",
-        "settings.boosting": "none"}
-    assert r"01\_fake\_samples & 20" in loaded.latex_provenance()
+        "settings.boosting": "none", "settings.epochs": "60, 40", "settings.watermark": ""}
+    assert loaded.watermark == ""
+
+
+# --- its form
+
+
+def test_the_text_of_the_report_is_in_order():
+    assert check_report.text_problems(ROOT / "report") == []
+
+
+@pytest.mark.parametrize("text, numbers", [
+    ("KID fell by 0.13, to 12 %\nor 1,000", [(1, "0.13"), (1, "12"), (2, "1,000")]),
+    (r"CIFAR-10 in 2009, \res{arm.d1.kid}, \given{0.95}, Table~\ref{tab:1}, \dgfigure{01_x}{0.8\linewidth} % 42", []),
+    (r"of $2N - 1$ steps, $w_1 = 1$, $x^2$, $\ln 2$, PFGM++ and Lite0", []),
+    ("a weight $w = 2$, $n = 50000$ and $p < 0.05$", [(1, "2"), (1, "50000"), (1, "0.05")]),
+    ("\\begin{equation}\n x = 3\n\\end{equation}\n4 \\hspace{3pt}", [(4, "4")])])
+def test_numbers_typed_by_hand_are_found(text, numbers):
+    assert list(check_report.literal_numbers(text)) == numbers
+
+
+def test_what_is_wrong_with_the_text_is_named(tmp_path):
+    (tmp_path / "sections").mkdir()
+    (tmp_path / "sections/data.tex").write_text(
+        "FID 3\n\\begin{figure}\\label{fig:a}\\end{figure}\\begin{table}x\\end{table}\\ref{fig:b}")
+    (tmp_path / "some.bib").write_text("@misc{a,\n  author = {A. B.}, title = {T}, year = {}\n}\n"
+                                       "@misc{b,\n  author = {A}, title = {{T}}, year = {2001}, url = {x}\n}\n")
+    assert check_report.text_problems(tmp_path) == [
+        "data.tex:1: the number 3 is typed by hand: \\res{key}, or \\given{3} if it is no result",
+        "data.tex: figure fig:a is not cited in the text", "data.tex: table without a label is not cited in the text",
+        "some.bib: a has no year, no venue or url"]
+
+
+def test_what_is_wrong_with_a_build_is_named(tmp_path):
+    log = ("Overfull \\hbox (0.9pt too wide) in paragraph\nOverfull \\vbox (12.5pt too high) has occurred\n"
+           "LaTeX Warning: Reference `fig:a' on page 1 undefined on input line 3.\n")
+    (tmp_path / "report.log").write_text(log)
+    (tmp_path / "report.aux").write_text(r"\newlabel{content:end}{{9}{9}{Title}{section*.4}{}}")
+    assert check_report.build_problems(tmp_path) == [
+        "report.log: Overfull \\vbox (12.5pt too high) has occurred",
+        "report.log: Reference `fig:a' on page 1 undefined on input line 3.",
+        "main.tex: the content ends on page 9, and may fill 8"]
+    (tmp_path / "report.aux").write_text("")
+    assert check_report.build_problems(tmp_path)[-1] == "main.tex: no label content:end after the content"
+
+
+@pytest.fixture(scope="module")
+def bad_pdf(tmp_path_factory):
+    """One A4 page with a Type 3 font, with a name in its text and in its metadata."""
+    path = tmp_path_factory.mktemp("bad") / "bad.pdf"
+    fig = Figure(figsize=(210 / 25.4, 297 / 25.4), layout="none")
+    fig.text(0.5, 0.5, "by Kleger")
+    with matplotlib.rc_context({"pdf.fonttype": 3}):
+        fig.savefig(path, metadata={"Author": "V. Sartor"})
+    return path
+
+
+def test_paper_and_fonts_of_another_kind_are_named(bad_pdf):
+    size, font = check_report.page_problems(bad_pdf)
+    assert size == "bad.pdf, page 1: 595.276 x 841.89 points, US Letter has 612 x 792"
+    assert re.fullmatch(r"bad.pdf, page 1: font \S*STIXGeneral\S* is Type3, neither Type 1 nor TrueType", font)
+
+
+def test_names_in_an_anonymous_paper_are_found(bad_pdf):
+    assert check_report.identity_problems(bad_pdf, ROOT / "report/study.bib") == [
+        "bad.pdf, metadata: names Sartor, which an anonymous paper may not",
+        "bad.pdf, page 1: names Kleger, which an anonymous paper may not"]
 
 
 # --- it builds
 
 
-def invented(folder: Path) -> None:
-    """The sources of the report in `folder`, with one invented value for every key, table and figure they use."""
-    shutil.copytree(ROOT / "report", folder / "report",
-                    ignore=shutil.ignore_patterns("results", "generated", "main.[!t]*"))
-    recorder = Recorder("rehearsal", "09_invented", folder / "results")
-    for key in set(KEYS) - published().keys():
-        about = {} if key.startswith("settings.") else dict(interval=(1.0, 1.5), level=0.95, n=1000)
-        recorder.record(key, 1.25, label="invented", cell="none", **about)
-    row = ("a long label " * 4, *list(recorder.records)[:2])
-    for name in set(TABLES) - {"provenance"}:
-        recorder.table(name, ["A row", "A long head of a column", "FD"], [row], "A caption & more.")
-    recorder.write()
-    write_latex("rehearsal", folder / "results", folder / "report/generated")
-    fig, ax = plots.panels()
-    ax.set_title(r"$\sigma$")
-    plots.save_figure(fig, "rehearsal", "09_invented")
-    for name in FIGURES:
-        shutil.copy(folder / "figures/rehearsal/09_invented.pdf", folder / f"figures/rehearsal/{name}.pdf")
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory) -> Path:
+    """A clone of what the report needs, with an invented value for each key, table and figure, in profile smoke."""
+    folder = tmp_path_factory.mktemp("invented")
+    shutil.copytree(ROOT / "report", folder / "report", ignore=shutil.ignore_patterns("results", "generated", "*.pdf"))
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DGUTILS_ROOT", str(folder))
+        fig, ax = plots.panels()
+        ax.set_title(r"$\sigma$")
+        plots.save_figure(fig, "smoke", "00_figure")
+        for name in FIGURES:
+            shutil.copy(folder / "figures/smoke/00_figure.pdf", folder / f"figures/smoke/{name}.pdf")
+        recorders = [Recorder("smoke", path.stem) for path in sorted(ROOT.glob("notebooks/0*.ipynb"))]
+        first = recorders[0]
+        first.settings(SimpleNamespace(**load_profile("smoke")))
+        for key in set(KEYS) - published().keys() - first.records.keys():
+            first.record(key, 1.25, label="invented & more", cell="none", interval=(1.0, 1.5), level=0.95, n=1000)
+        columns = {name: {"a-long-head-of-a-column"} for name in [*TABLES, *used("rescaption")]}
+        for names, name in re.findall(r"\\dgtable(?:\[([^]]*)\])?{(\w+)}", TEXT):
+            columns[name] |= {column for column in names.split(",") if column}
+        for name, heads in columns.items():
+            row = ("a row with a label that is longer than most", *["settings.num_steps"] * len(heads))
+            heads = ["A row", *(head.replace("-", " ") for head in sorted(heads))]
+            first.table(name, heads, [row] * 6, "A caption & more")
+        for recorder in recorders:
+            recorder.write()
+    return folder
 
 
 @pytest.fixture
-def clone(tmp_path, monkeypatch):
+def clone(invented, tmp_path, monkeypatch):
+    """The report folder of a fresh copy of it, which stands in the place of the repository."""
+    shutil.copytree(invented, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
-    invented(tmp_path)
     return tmp_path / "report"
 
 
-def latex(folder: Path) -> tuple[int, str]:
-    """latexmk's exit status and the last log, as `make report` runs it."""
-    done = subprocess.run(["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-Werror", "main.tex"],
-                          cwd=folder, capture_output=True, env=os.environ | {"max_print_line": "500"})
-    return done.returncode, (folder / "main.log").read_text(errors="replace")
+def pages(pdf: Path) -> list[str]:
+    """The text of each page, in one line."""
+    return [" ".join(page.extract_text().split()) for page in PdfReader(pdf).pages]
 
 
-def objects(pdf: bytes) -> bytes:
-    """A PDF with its compressed parts unpacked, so that its fonts and page sizes can be read."""
-    unpacked = [pdf]
-    for match in re.finditer(rb"stream\r?\n(.*?)endstream", pdf, re.DOTALL):
-        try:
-            unpacked.append(zlib.decompressobj().decompress(match[1]))
-        except zlib.error:
-            pass  # not compressed
-    return b"\n".join(unpacked)
+def replace(path: Path, old: str, new: str) -> None:
+    """Change a file of the clone, which holds `old`."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 needs_tex = pytest.mark.skipif(not (shutil.which("latexmk") and shutil.which("pdflatex")),
                                reason="pdflatex or latexmk is not installed: sh dgutils/setup.sh tex")
-
-
-def check_pdf(folder: Path, log: str) -> None:
-    """US Letter, no Type 3 font, nothing undefined, no line more than 2 pt too wide."""
-    assert "undefined" not in log and not re.search(r"Overfull \\hbox \(([2-9]|\d\d+)\.", log)
-    pdf = objects((folder / "main.pdf").read_bytes())
-    assert set(re.findall(rb"/MediaBox ?\[([^]]+)\]", pdf)) == {b"0 0 612 792"}
-    assert b"/Subtype/Type1" in pdf.replace(b" ", b"") and b"/Type3" not in pdf
+NOT_THE_STUDY = "a demonstration, not the result that the study stands on"
 
 
 @needs_tex
-def test_the_report_builds_to_the_same_bytes_again(clone):
-    status, log = latex(clone)
-    assert status == 0, log[-2000:]
-    check_pdf(clone, log)
-    first = (clone / "main.pdf").read_bytes()
-    for path in clone.glob("main.[!t]*"):
-        path.unlink()
-    assert latex(clone)[0] == 0 and (clone / "main.pdf").read_bytes() == first
+def test_the_report_builds_to_the_same_bytes_and_only_once(clone):
+    pdf = report.build("smoke", strict=True)
+    made = {path: path.stat().st_mtime_ns for path in [pdf, *clone.glob("generated/**/*")] if path.is_file()}
+    assert report.build("smoke", strict=True) == pdf == clone / "report.pdf"
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "a second build did something"
+    first = pdf.read_bytes()
+    shutil.rmtree(clone / "generated")
+    assert report.build("smoke").read_bytes() == first
+
+    assert check_report.build_problems(clone / "generated/preprint") == check_report.page_problems(pdf) == []
+    texts = pages(pdf)
+    assert all(NOT_THE_STUDY in text for text in texts) and not any("Stale:" in text for text in texts)
+    assert "Kleger" in texts[0] and "Preprint. Work in progress." in texts[0]
+    assert check_report.identity_problems(pdf, clone / "study.bib")
+    links = {link["/Dest"] for page in PdfReader(pdf).pages for link in (ref.get_object() for ref in page["/Annots"])
+             if "/Dest" in link}
+    marks = {f"dg.{key}" for key in [*used("claim"), *(f"figure:{name}" for name in FIGURES)]}
+    assert marks <= set(PdfReader(pdf).named_destinations), "a mark has no entry in the appendix"
+    assert marks <= links | {link.get("/A", {}).get("/D") for page in PdfReader(pdf).pages
+                             for link in (ref.get_object() for ref in page["/Annots"])}
 
 
 @needs_tex
-def test_the_report_builds_anonymously(clone):
-    main = clone / "main.tex"
-    main.write_text(main.read_text().replace("[preprint]", ""))
-    status, log = latex(clone)
-    assert status == 0, log[-2000:]
-    check_pdf(clone, log)
+def test_stale_results_are_refused_or_named_and_an_anonymous_copy_names_nobody(clone):
+    replace(clone.parent / "notebooks/profiles/smoke.yaml", "watermark: smoke", 'watermark: ""')
+    replace(clone / "results/smoke/01.json", '"value": "smoke"', '"value": ""')
+    replace(clone.parent / "notebooks/04_evaluation.ipynb", "default_rng(0)", "default_rng(1)")
+    line = "04_evaluation: the notebook's code has changed since"
+    with pytest.raises(UserError, match=line):
+        report.build("smoke", "submission", strict=True)
+    assert not (clone / "submission.pdf").exists()
+
+    pdf = report.build("smoke", "submission", marks=False)
+    texts = pages(pdf)
+    assert all("Stale: the code or the inputs have changed" in text for text in texts)
+    assert line in re.sub(r"\u2019", "'", " ".join(texts))
+    assert not any(NOT_THE_STUDY in text for text in texts), "a watermark although the profile has none"
+    assert "Anonymous Author(s)" in texts[0] and "cknowledgments" not in " ".join(texts)
+    assert check_report.identity_problems(pdf, clone / "study.bib") == []
 
 
 @needs_tex
 @pytest.mark.parametrize("text, message", [
-    (r"\res{no.such.key}", "No text of result 'no.such.key' in profile rehearsal"),
-    (r"\dgfigure{09_missing}{1in}", "No figure '09_missing' in figures/rehearsal"),
-    (r"\dgtable{missing}", "No table 'missing' in profile rehearsal"),
+    (r"\res{no.such.key}", "No result 'no.such.key' in profile smoke"),
+    (r"\dgfigure{09_missing}{1in}", "No figure '09_missing' in figures/smoke"),
+    (r"\dgtable{missing}", "No table 'missing' in profile smoke"),
     (r"\ref{tab:missing}", "Reference `tab:missing' on page")])
 def test_what_is_missing_stops_the_build(clone, text, message):
-    section = clone / "sections/introduction.tex"
-    section.write_text(section.read_text() + text)
-    status, log = latex(clone)
-    assert status != 0 and message in log
+    for path in clone.glob("sections/*.tex"):
+        path.write_text("")
+    (clone / "sections/introduction.tex").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        report.build("smoke")
+    assert not (clone / "report.pdf").exists()
+
+
+def test_other_modes_are_refused():
+    with pytest.raises(UserError, match="unknown mode thesis: there are preprint, final, submission"):
+        report.build("smoke", "thesis")

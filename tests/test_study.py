@@ -3,7 +3,8 @@
 import pytest
 
 from dgutils import jobs, notebooks, plan
-from dgutils.study import Study
+from dgutils.errors import UserError
+from dgutils.study import FAULTS, VARIANTS, Study
 
 
 def dry(profile, monkeypatch, tmp_path, **changes) -> tuple[Study, dict]:
@@ -63,6 +64,58 @@ def test_floor_is_other_images_than_the_reference(monkeypatch, tmp_path):
     assert (study.floor.split, study.floor.n, study.floor.start) == ("test", 10000, 0)
 
 
+# --- the ladder of faults
+
+AS_RUN = {"num_steps": 35, "boosting": "released", "discriminator_batch_size": 64}
+
+
+def differences(a, b) -> set[str]:
+    """In which of the settings of FAULTS two arms differ, read from their identities."""
+    first, second = (arm.rows.artifact.identity for arm in (a, b))
+    guidance = [identity["config"]["guidance"] for identity in (first, second)]
+    found = {key for key in ("rule", "members", "state", "boosting") if guidance[0][key] != guidance[1][key]}
+    found |= {"num_steps"} & {key for key in first["config"] if first["config"][key] != second["config"][key]}
+    return found | {"training"} if first["inputs"] != second["inputs"] else found
+
+
+SETTING = {"raw_logits": "rule", "sequential": "training", "wrong_file": "members", "last_epoch": "state",
+           "boosting": "boosting", "steps": "num_steps", "batch_size": "training"}  # fmt: skip
+
+
+def test_each_rung_mends_one_fault_and_each_single_fault_adds_one(monkeypatch, tmp_path):
+    study, _ = dry("quick", monkeypatch, tmp_path, ladder=list(FAULTS), as_run=AS_RUN)
+    arms = study.ladder_arms()
+    down = [arms[name] for name in arms if not name.startswith("only_")]
+    assert len(down) == len(FAULTS) + 1
+    for fault, above, below in zip(FAULTS, down, down[1:], strict=False):
+        assert differences(above, below) == {SETTING[fault]}, fault
+    for fault in FAULTS:
+        assert differences(arms[f"only_{fault}"], arms["correct"]) == {SETTING[fault]}, fault
+    assert arms["without_steps"].digest == arms["only_batch_size"].digest  # the last rung above the correct ensemble
+    assert study.faulty_arm([], "x").digest == study.arm(
+        "x", study.guidance(study.everyone, "mean_probability", state="best")).digest
+
+
+def test_repeats_are_independent_trainings_on_the_same_image_seeds(monkeypatch, tmp_path):
+    study, _ = dry("quick", monkeypatch, tmp_path, ladder=list(FAULTS), as_run=AS_RUN, repeats=3, num_key=250)
+    arms = study.repeat_arms()
+    assert all(len({arm.digest for arm in by_training}) == 3 for by_training in arms.values())
+    assert {(arm.n, arm.seeds.start) for by_training in arms.values() for arm in by_training} == {
+        (250, study.eval_seed)}
+    assert arms["correct"][0].rows.artifact.digest == study.ladder_arms()["correct"].rows.artifact.digest
+    assert arms["as_run"][0].rows.artifact.digest == study.ladder_arms()["as_run"].rows.artifact.digest
+
+
+def test_variants_differ_and_unknown_names_are_refused(monkeypatch, tmp_path):
+    study, _ = dry("quick", monkeypatch, tmp_path, variants=list(VARIANTS))
+    assert len({arm.digest for arm in study.variant_arms().values()}) == len(VARIANTS)
+    with pytest.raises(UserError, match="unknown fault 'raw': choose from raw_logits, "):
+        study.faulty_arm(["raw"], "x")
+    study, _ = dry("quick", monkeypatch, tmp_path, variants=["boost"])
+    with pytest.raises(UserError, match="unknown variant 'boost': choose from bootstrap, "):
+        study.variant_arms()
+
+
 # --- the plan
 
 
@@ -84,9 +137,19 @@ def test_plan_counts_what_the_arms_cost(small, tmp_path):
     assert one.gradient % 100 == 0 and one.gradient <= 100 * 10
     assert by_label["DDPM's ancestral sampler"].score == 100 * parameters["ancestral_steps"]
     assert by_label["paper, block 2"].n == 100
-    training = by_label["training: Paper 5, D1 3, D2 3, D3 3, D4 3, D5 16 epochs"]
+    training = by_label["training: six discriminators, Paper 5, D1 3, D2 3, D3 3, D4 3, D5 16 epochs"]
     assert training.train == 2 * 200 * 8 // 10 * (5 + 3 + 3 + 3 + 3 + 16)
     assert all(step.missing for step in steps) and not list(tmp_path.glob("quick/**/*.npy"))
+
+
+def test_plan_counts_the_trainings_of_the_ladder_and_the_worse_images(monkeypatch, tmp_path):
+    _, parameters = dry("quick", monkeypatch, tmp_path, ladder=list(FAULTS), as_run=AS_RUN, repeats=3,
+                        variants=list(VARIANTS))  # fmt: skip
+    labels = [step.label for step in plan.steps(parameters)]
+    trainings = [label for label in labels if label.startswith("training: ")]
+    # correct and as run, three seeds each; two faults of the training; a sweep; bootstrap, disjoint, worse
+    assert len(trainings) == len(set(trainings)) == 3 + 3 + 2 + 1 + 3
+    assert "fake set of 6 steps" in labels and "fake set" in labels
 
 
 def test_plan_lists_each_image_once(small):
