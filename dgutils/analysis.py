@@ -47,6 +47,13 @@ def verdict(published_change: float, interval: Interval) -> str:
     return "same sign" if (interval.value < 0) == (published_change < 0) else "opposite"
 
 
+def summary(verdicts: list[str]) -> str:
+    """One word for the verdicts of all feature spaces."""
+    if all(word == "same sign" for word in verdicts):
+        return "reproduced"
+    return "partly reproduced" if "same sign" in verdicts and "opposite" not in verdicts else "not reproduced"
+
+
 def mean_scores(members: list[Scores], label: str) -> Scores:
     """The mean of several arms' scores, as the scores of one: what a member reaches on average."""
     def mean(score):
@@ -100,6 +107,15 @@ def over_trainings(values, level: float = 0.95) -> Interval:
     return Interval(float(mean), float(mean - half), float(mean + half), level, 0)
 
 
+def change_over_trainings(pairs: list[tuple[Scores, Scores]], score: str) -> Interval:
+    """Change from baseline to arm: over trainings Student's interval, of one training the paired bootstrap's.
+
+    pairs: for each training the scores of an arm and of its baseline. The unit is that of print.
+    """
+    changes = [change(*pair, score) for pair in pairs]
+    return changes[0] if len(pairs) == 1 else over_trainings([interval.value for interval in changes])
+
+
 def record_trainings(recorder: Recorder, key: str, cell: str, pairs: list[tuple[Scores, Scores]]) -> None:
     """Record arm - baseline over trainings: <key>.<score>_change, its _direction, and its SD between trainings, _sd.
 
@@ -114,7 +130,7 @@ def record_trainings(recorder: Recorder, key: str, cell: str, pairs: list[tuple[
     about = dict(cell=cell, n=pairs[0][0].arm.n, seeds=pairs[0][0].arm.seeds, artifacts=list(dict.fromkeys(digests)))
     for score, (name, _) in SCORES.items():
         values = [change(*pair, score).value for pair in pairs]
-        interval = over_trainings(values)
+        interval = change_over_trainings(pairs, score)
         label = f"{name} of {arm} minus {baseline}, {pairs[0][0].space}, over {len(pairs)} trainings"
         record_interval(recorder, f"{key}.{score}_change", interval, label=label, digits=two_digits(interval), **about)
         recorder.record(f"{key}.{score}_direction", direction(interval), label=f"{label}, in words", **about)

@@ -165,10 +165,10 @@ def _interval(ax, x, y, interval, index, horizontal, filled=True):
 def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
     """Dots with intervals, a row an arm, a panel a score; zero is the arm that all are compared to.
 
-    changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most so many inches.
+    changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most, in.
     """
     down = -(-len(changes) // 2)
-    height = min(height, down * (0.6 + 0.17 * len(groups)))
+    height = min(height, down * (0.6 + 0.15 * len(groups)))
     fig, axes = panels(down, min(2, len(changes)), height, sharey=True, squeeze=False)
     for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
         for row, (arm, interval) in enumerate(arms.items()):
@@ -255,7 +255,7 @@ def gradient_likeness(sigmas, pairs, to_mean, matrix, names, height: float = 2.5
     return fig
 
 
-def fault(sigmas, silent: dict, strength: dict, height: float = 2.4) -> Figure:
+def fault(sigmas, silent: dict, strength: dict, height: float = 2.1) -> Figure:
     """The raw-logit fault by noise level: share of images without guidance [L], and guidance norms [L, N].
 
     A norm that is NaN counts as absent, since zero has no place on a logarithmic axis.
@@ -346,7 +346,7 @@ def training_curves(histories: dict, chance: float):
 
     histories: name -> rows of `Trained.history`; chance: the loss that knows nothing, ln 2.
     """
-    fig, axes = panels(2, len(histories), 2.5, squeeze=False, sharey="row")
+    fig, axes = panels(2, len(histories), 2.1, squeeze=False, sharey="row")
     for (name, history), column in zip(histories.items(), axes.T, strict=True):
         epochs = [entry["epoch"] for entry in history]
         best = min(history, key=lambda entry: entry["val_loss"])["epoch"]

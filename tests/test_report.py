@@ -14,7 +14,7 @@ from pypdf import PdfReader
 
 from dgutils import check_report, plots, report
 from dgutils.errors import UserError
-from dgutils.notebooks import load_profile
+from dgutils.notebooks import every_parameter
 from dgutils.results import Recorder, load_results, published
 from dgutils.study import Study
 
@@ -47,8 +47,9 @@ def strings(sources: list[str]) -> tuple[set[str], list[list]]:
 def key_test(sources: list[str]):
     """A function that says whether these programs can record a key.
 
-    {...} in an f-string stands for a number or a word that is a string somewhere, or begins as such an f-string. A key is made whole, or of a
-    whole beginning and an f-string that begins with {...}, as in f"{key}.{score}_change".
+    {...} in an f-string stands for a number or a word that is a string somewhere, also with the beginning of a
+    f"only_{...}". A key is made whole, or of a whole beginning and an f-string that begins with {...}, as in
+    f"{key}.{score}_change".
     """
     plain, formatted = strings(sources)
     words = {word.lower() for word in plain if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", word)}
@@ -184,7 +185,7 @@ def invented(tmp_path_factory) -> Path:
             shutil.copy(folder / "figures/smoke/00_figure.pdf", folder / f"figures/smoke/{name}.pdf")
         recorders = [Recorder("smoke", path.stem) for path in sorted(ROOT.glob("notebooks/0*.ipynb"))]
         first = recorders[0]
-        first.settings(SimpleNamespace(**load_profile("smoke")))
+        first.settings(SimpleNamespace(**every_parameter("smoke")))
         for key in set(KEYS) - published().keys() - first.records.keys():
             first.record(key, 1.25, label="invented & more", cell="none", interval=(1.0, 1.5), level=0.95, n=1000)
         columns = {name: {"a-long-head-of-a-column"} for name in [*TABLES, *used("rescaption")]}
@@ -239,12 +240,10 @@ def test_the_report_builds_to_the_same_bytes_and_only_once(clone):
     assert all(NOT_THE_STUDY in text for text in texts) and not any("Stale:" in text for text in texts)
     assert "Kleger" in texts[0] and "Preprint. Work in progress." in texts[0]
     assert check_report.identity_problems(pdf, clone / "study.bib")
-    links = {link["/Dest"] for page in PdfReader(pdf).pages for link in (ref.get_object() for ref in page["/Annots"])
-             if "/Dest" in link}
     marks = {f"dg.{key}" for key in [*used("claim"), *(f"figure:{name}" for name in FIGURES)]}
-    assert marks <= set(PdfReader(pdf).named_destinations), "a mark has no entry in the appendix"
-    assert marks <= links | {link.get("/A", {}).get("/D") for page in PdfReader(pdf).pages
-                             for link in (ref.get_object() for ref in page["/Annots"])}
+    notes = [note.get_object() for page in PdfReader(pdf).pages for note in page.get("/Annots", [])]
+    links = {note.get("/A", {}).get("/D") for note in notes}
+    assert marks <= links & set(PdfReader(pdf).named_destinations), "a mark leads nowhere"
 
 
 @needs_tex
@@ -269,6 +268,7 @@ def test_stale_results_are_refused_or_named_and_an_anonymous_copy_names_nobody(c
 @needs_tex
 @pytest.mark.parametrize("text, message", [
     (r"\res{no.such.key}", "No result 'no.such.key' in profile smoke"),
+    (r"\resn{settings.num_steps}", "No count 'settings.num_steps' in profile smoke"),
     (r"\dgfigure{09_missing}{1in}", "No figure '09_missing' in figures/smoke"),
     (r"\dgtable{missing}", "No table 'missing' in profile smoke"),
     (r"\ref{tab:missing}", "Reference `tab:missing' on page")])
