@@ -284,7 +284,7 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
         with ranks.first():  # who comes first may have to download
             for split in ("train", "test"):
                 datasets.load_dataset(study.dataset, split)
-        scored = _scored(study, values)
+        scored = study.scored(values)
         for images, space in scored:
             jobs.features(study.store, images, space)
         for space in study.feature_spaces:
@@ -293,16 +293,6 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
             with alone():
                 study.scores(images, space)
         ranks.barrier()
-
-
-def _scored(study, parameters: dict) -> list[tuple]:
-    """The image sets that notebooks 04 to 06 score, generated here, each with a feature space; each pair once."""
-    sweep = ("num_sweep", "sweep_weights", "sweep_time_mins", "sweep_time_maxs", "sweep_epoch_scales")
-    declared = [study.evaluation_arms(), study.published_arms(), study.claim_arms(),
-                *study.sweep_arms(*(parameters[name] for name in sweep)).values(), study.ensemble_arms()]
-    pairs = [(arm, space) for arms in declared for arm in arms.values() for space in study.feature_spaces]
-    pairs += [(arm, study.feature_spaces[0]) for arms in study.seed_block_arms().values() for arm in arms]
-    return list({(arm.digest, space): (arm, space) for arm, space in pairs}.values())
 
 
 # --- many machines

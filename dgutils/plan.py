@@ -27,7 +27,6 @@ from .study import Study
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
 MISSING = ", nor features whose network is absent"
-SWEEP = ("num_sweep", "sweep_weights", "sweep_time_mins", "sweep_time_maxs", "sweep_epoch_scales")  # notebook 05's own
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,11 @@ def _guided_steps(config: dict) -> int:
     return int(first + (inside[1:].sum() if guidance["weight_2nd_order"] else 0))
 
 
-def _images(study: Study, arms: list[ImageSet | RealSet], spaces: list[str]) -> Step:
-    """What image sets cost that are the same images, of different numbers: the largest, and the features of each."""
+def _images(study: Study, arms: list[ImageSet | RealSet], spaces: dict[str, list[str]]) -> Step:
+    """What image sets cost that are the same images, of different numbers: the largest, and the features of each.
+
+    spaces: a set's digest -> the feature spaces that it is scored in.
+    """
     arm, missing, cost, disk = max(arms, key=lambda arm: arm.n), [], {}, 0
     if isinstance(arm, ImageSet) and (lacking := arm.rows.missing(arm.n)):
         config, count = arm.rows.artifact.identity["config"], len(lacking) * arm.rows.shard_size
@@ -70,13 +72,13 @@ def _images(study: Study, arms: list[ImageSet | RealSet], spaces: list[str]) -> 
                 "gradients" if several else "gradient": count * _guided_steps(config)}  # fmt: skip
         disk = count * math.prod(checkpoints.image_shape(config["score_network"]))
         missing.append(arm.rows.status(arm.n).reason)
-    features = {}
-    for space in spaces:
-        sets = [(jobs.feature_rows(study.store, part, space), part.n)
-                for part in {part.digest: part for part in arms}.values()]  # fmt: skip
-        if count := sum(len(rows.missing(n)) * rows.shard_size for rows, n in sets):
-            features[space] = count
-            disk += 4 * DIMENSIONS.get(space.split("@")[0], 512) * count
+    features: dict[str, int] = {}
+    for part in arms:
+        for space in spaces.get(part.digest, []):
+            rows = jobs.feature_rows(study.store, part, space)
+            if count := len(rows.missing(part.n)) * rows.shard_size:
+                features[space] = features.get(space, 0) + count
+                disk += 4 * DIMENSIONS.get(space.split("@")[0], 512) * count
     if features:
         missing.append("features: " + ", ".join(features))
     return Step(arm.label, arm.n, tuple(missing), features=features, disk=disk, **cost)
@@ -95,24 +97,19 @@ def steps(parameters: dict) -> list[Step]:
     """Every artifact of a profile's notebooks that costs more than seconds, each once: what they train, then draw."""
     study = Study.from_parameters(parameters)
     study.__dict__["store"] = store = jobs.open_store(study.profile, dry=True)
-    study.sweep_trainings(parameters["sweep_epoch_scales"])
-    scored = [study.reference]
-    for arms in (study.evaluation_arms(), study.published_arms(), study.claim_arms(), study.ensemble_arms(),
-                 study.ladder_arms(), study.variant_arms(),
-                 *study.sweep_arms(*(parameters[name] for name in SWEEP)).values()):  # fmt: skip
-        scored += arms.values()
-    for several in (study.seed_block_arms(), study.repeat_arms() if study.ladder else {}):
-        scored += [arm for arms in several.values() for arm in arms]
-    sets: dict[tuple, list] = {}
-    for arm in scored:
+    sets: dict[tuple, dict] = {}  # equal images -> {number of them: the set}, in the order of the notebooks
+    spaces: dict[str, list[str]] = {}
+    everywhere = [(real, space) for real in (study.reference, study.other_reference) for space in study.feature_spaces]
+    for arm, space in everywhere + study.scored(parameters):
         key = (arm.rows.artifact.digest, arm.seeds.start) if isinstance(arm, ImageSet) else (arm.digest,)
-        sets.setdefault(key, []).append(arm)
+        sets.setdefault(key, {}).setdefault(arm.n, arm)
+        spaces.setdefault(arm.digest, []).append(space)
     learnt = {rows.artifact.digest: ImageSet(rows.artifact.label, n, rows)
               for rows, n in (asked for asked in store.asked if isinstance(asked, tuple))
               if (rows.artifact.digest, rows.first_seed) not in sets}  # fmt: skip
     trainings = {asked.digest: asked for asked in store.asked if isinstance(asked, Artifact)}
-    return [*(_images(study, [fakes], []) for fakes in learnt.values()), *map(_training, trainings.values()),
-            *(_images(study, arms, study.feature_spaces) for arms in sets.values())]  # fmt: skip
+    return [*(_images(study, [fakes], {}) for fakes in learnt.values()), *map(_training, trainings.values()),
+            *(_images(study, list(arms.values()), spaces) for arms in sets.values())]  # fmt: skip
 
 
 # ---- how fast is this machine ------------------------------------------------------------

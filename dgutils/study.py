@@ -30,6 +30,9 @@ from .jobs import (
 )
 from .store import Store
 
+# Notebook 05's own parameters, the arguments of `Study.sweep_arms`.
+SWEEP = ("num_sweep", "sweep_weights", "sweep_time_mins", "sweep_time_maxs", "sweep_epoch_scales")
+
 # The faults of the study's ensemble, in the order in which the ladder mends them (`Study.faulty_arm`).
 FAULTS = {
     "raw_logits": "raw logits taken for probabilities",
@@ -367,10 +370,33 @@ class Study:
 
     # ---- scores
 
+    def scored(self, parameters: dict) -> list[tuple[ImageSet | RealSet, str]]:
+        """All that notebooks 04 to 06 score: (image set, feature space), each once. parameters: those of all notebooks.
+
+        It asks the store for every arm, so that what is missing is trained and drawn.
+        """
+        sweep = self.sweep_arms(*(parameters[name] for name in SWEEP))
+        declared = [self.evaluation_arms(), self.published_arms(), self.claim_arms(), *sweep.values(),
+                    self.ensemble_arms(), self.ladder_arms(), self.variant_arms()]  # fmt: skip
+        arms = [arm for group in declared for arm in group.values()]
+        if self.ladder:
+            arms += [arm for group in self.repeat_arms().values() for arm in group]
+            arms.append(self.arm("unguided sampling", n=self.num_key))
+        pairs = [(arm, space) for arm in arms for space in self.feature_spaces]
+        pairs += [(arm, self.feature_spaces[0]) for group in self.seed_block_arms().values() for arm in group]
+        return list({(arm.digest, space): (arm, space) for arm, space in pairs}.values())
+
     @property
     def reference(self) -> RealSet:
         """The real images that arms are scored against."""
         return RealSet(self.dataset, self.reference_split, self.num_reference)
+
+    @property
+    def other_reference(self) -> RealSet:
+        """As many real images of the other split: is what was measured true of training and of test images?"""
+        if self.reference_split == "test":
+            return RealSet(self.dataset, "train", self.num_reference)
+        return RealSet(self.dataset, "test", min(self.num_reference, datasets.TEST_IMAGES))
 
     @property
     def floor(self) -> RealSet:
@@ -378,6 +404,7 @@ class Study:
         start = self.num_reference if self.reference_split == "test" else 0
         return RealSet(self.dataset, "test", min(self.num_eval, datasets.TEST_IMAGES - start), start)
 
-    def scores(self, arm: ImageSet | RealSet, space: str | None = None) -> Scores:
-        """Scores of an arm in a feature space (default: the first of `feature_spaces`)."""
-        return evaluate(self.store, arm, self.reference, space or self.feature_spaces[0], self.num_resamples)
+    def scores(self, arm: ImageSet | RealSet, space: str | None = None, reference: RealSet | None = None) -> Scores:
+        """Scores of an arm in a feature space (default: the first) against a reference (default: `reference`)."""
+        return evaluate(self.store, arm, reference or self.reference, space or self.feature_spaces[0],
+                        self.num_resamples)  # fmt: skip
