@@ -168,7 +168,7 @@ def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
     changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most, in.
     """
     down = -(-len(changes) // 2)
-    height = min(height, down * (0.6 + 0.15 * len(groups)))
+    height = min(height, down * (0.6 + 0.14 * len(groups)))
     fig, axes = panels(down, min(2, len(changes)), height, sharey=True, squeeze=False)
     for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
         for row, (arm, interval) in enumerate(arms.items()):

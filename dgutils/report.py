@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import trace
@@ -25,8 +26,8 @@ MODES = {"preprint": "preprint", "final": "final", "submission": ""}  # -> the s
 
 
 def slug(head: str) -> str:
-    """A column's head as a name for \\dgtable[...]: 'KID x 1000' is kid-x-1000."""
-    return re.sub(r"[^a-z0-9]+", "-", head.lower()).strip("-")
+    """A column's head as a name for \\dgtable[...], without brackets: 'KID x 1000 (a space)' is kid-x-1000."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*\)", "", head).lower()).strip("-")
 
 
 # --- what the LaTeX sources read
@@ -34,7 +35,7 @@ def slug(head: str) -> str:
 
 def numbers(results: Results) -> dict[tuple[str, str], str]:
     """(what, key) -> LaTeX text, for the records, tables and provenance of a profile."""
-    found = {}
+    found = {("body", "compute"): computing(results), ("body", "parity"): parity(repo_root() / "docs" / "parity.md")}
     for key, record in results.records.items():
         found |= {
             ("result", key): format_value(record, latex=True), ("value", key): format_number(record, latex=True),
@@ -67,6 +68,35 @@ def table(results: Results, name: str) -> dict[tuple[str, str], str]:
         found |= {("cell", f"{name}/{number}/{column}"): cell or "{}"
                   for column, cell in zip(columns, cells, strict=True)}  # fmt: skip
     return found
+
+
+def tabular(heads: list[str], rows: Iterable[tuple[str, ...]]) -> str:
+    """A whole table, its first column left-aligned and the others right-aligned."""
+    lines = [" & ".join(map(latex_escape, row)) + r"\\" for row in (heads, *rows)]
+    return (rf"\begin{{tabular}}{{@{{}}l{'r' * (len(heads) - 1)}@{{}}}}\toprule {lines[0]}\midrule "
+            + " ".join(lines[1:]) + r"\bottomrule\end{tabular}")  # fmt: skip
+
+
+def computing(results: Results) -> str:
+    """The artifacts behind all records by the step that made them, and its time."""
+    steps: dict[str, list[float]] = {}
+    for entry in results.lineage.values():
+        if "step" in entry:
+            steps.setdefault(entry["step"], []).append(entry["seconds"])
+    rows = [(step, f"{len(times):,}", trace.duration(sum(times))) for step, times in sorted(steps.items())]
+    return tabular(["Step", "Artifacts", "Time"], rows)
+
+
+def parity(path: Path) -> str:
+    """docs/parity.md in short: of each kind of comparison the cases, the largest error, and where a test fails."""
+    kinds: dict[str, list[list[str]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[2][:1].isdigit():
+            kinds.setdefault(cells[0], []).append(cells[2:])
+    rows = [(kind, str(len(cases)), max((error for error, _ in cases), key=float), min((at for _, at in cases), key=float))
+            for kind, cases in kinds.items()]  # fmt: skip
+    return tabular(["Compared", "Cases", "Largest error", "Test fails at"], rows)
 
 
 def mark(about: trace.Origin) -> str:

@@ -384,7 +384,10 @@ class Study:
             arms.append(self.arm("unguided sampling", n=self.num_key))
         pairs = [(arm, space) for arm in arms for space in self.feature_spaces]
         pairs += [(arm, self.feature_spaces[0]) for group in self.seed_block_arms().values() for arm in group]
-        return list({(arm.digest, space): (arm, space) for arm, space in pairs}.values())
+        found: dict[tuple, tuple] = {}
+        for arm, space in pairs:
+            found.setdefault((arm.digest, space), (arm, space))  # under the first of its labels
+        return list(found.values())
 
     @property
     def reference(self) -> RealSet:

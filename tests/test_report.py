@@ -175,7 +175,8 @@ def invented(tmp_path_factory) -> Path:
     """A clone of what the report needs, with an invented value for each key, table and figure, in profile smoke."""
     folder = tmp_path_factory.mktemp("invented")
     shutil.copytree(ROOT / "report", folder / "report", ignore=shutil.ignore_patterns("results", "generated", "*.pdf"))
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for name in ("notebooks", "docs"):
+        shutil.copytree(ROOT / name, folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DGUTILS_ROOT", str(folder))
         fig, ax = plots.panels()

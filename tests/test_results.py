@@ -194,7 +194,9 @@ def test_latex_holds_every_number_and_changes_only_with_results(root, tmp_path):
             ("columns", "arms", "fd,kid,edm"), ("rows", "arms", "2"), ("caption", "arms", "FD over 1,000 images."),
             ("cell", "arms/0/kid", "KID"), ("cell", "arms/1/label", r"Unguided \& plain"), ("cell", "arms/1/kid", "{}"),
             ("cell", "arms/2/edm", "1.77"), ("mark", "fd.direction", r"04 The table of arms\\made in the notebook"),
-            ("mark", "fd.ensemble", r"04 The table of arms\\artifact abababab")):
+            ("mark", "fd.ensemble", r"04 The table of arms\\artifact abababab"),
+            ("body", "compute", r"\begin{tabular}{@{}lrr@{}}\toprule Step & Artifacts & Time\\\midrule "
+             r"\bottomrule\end{tabular}")):
         assert rf"\dg@set{{{what}}}{{{key}}}{{{text}}}" in lines, (what, key)
     assert not [line for line in lines if "{count}{fd.ensemble}" in line]  # an unknown n is no empty text
     assert r"\def\dgprofile{quick}" in lines and r"\def\dgwatermark{quick}" in lines
@@ -209,7 +211,7 @@ def test_latex_holds_every_number_and_changes_only_with_results(root, tmp_path):
 
 def test_two_columns_of_one_name_are_told_apart(root, tmp_path):
     recorder = evaluation(root)
-    recorder.table("ladder", ["Arm", "FD", "step", "KID", "step"],
+    recorder.table("ladder", ["Arm", "FD (one space)", "step", "KID", "step (other)"],
                    [("Ensemble", "fd.ensemble", "fd.unguided", None, "kid.ensemble")])
     recorder.write()
     write_latex("quick", root, tmp_path)
