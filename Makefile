@@ -10,11 +10,11 @@ ARGS    ?=
 PY := .venv/bin/python
 SETS = $(if $(SET),--set $(foreach pair,$(SET),'$(pair)'))
 .DEFAULT_GOAL := help
-.PHONY: help reproduce plan fetch rehearse test report trace lab bench doctor lint clean
+.PHONY: help reproduce plan fetch rehearse test report check-report html trace lab bench doctor lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # Remade only when the pins change: everything else in .venv follows from them.
 .venv/.complete: requirements.txt
@@ -36,6 +36,8 @@ fetch: .venv/.complete  ## download the weights of PROFILE=paper (default): the 
 rehearse: .venv/.complete  ## the paper profile at its full architectures, random weights, a handful of images: does it run?
 	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils stand-ins --profile rehearsal
 	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils reproduce --profile rehearsal $(SETS)
+	@sh dgutils/setup.sh tex
+	@$(PY) -m dgutils report --profile rehearsal
 
 test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data
@@ -46,6 +48,13 @@ report: .venv/.complete  ## build report/report.pdf; PROFILE=quick (default: com
 	@test -n "$(PROFILE)$(wildcard report/results/*/06.json)" || \
 		{ echo "no results yet: running the quick profile first"; $(MAKE) --no-print-directory reproduce; }
 	@$(PY) -m dgutils report $(if $(PROFILE),--profile $(PROFILE)) $(if $(STRICT),--strict)
+
+check-report: .venv/.complete  ## is the report's form in order: paper, length, fonts, references, anonymity, no typed number?
+	@sh dgutils/setup.sh tex
+	@$(PY) -m dgutils check-report $(if $(PROFILE),--profile $(PROFILE))
+
+html: .venv/.complete  ## executed notebooks and figures as a site to open from disk: runs/quick/site/index.html
+	@$(PY) -m dgutils html $(if $(PROFILE),--profile $(PROFILE))
 
 trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
 	@$(PY) -m dgutils trace $(KEY) $(if $(PROFILE),--profile $(PROFILE))

@@ -1,8 +1,17 @@
 """dgutils: discriminator guidance for diffusion models (Kim et al., ICML 2023), reproduced.
 
-Rooms, from the ground up: ``noise``, ``edm`` and ``adm``, ``checkpoints``, ``sampler``, ``discriminator``,
-``guidance``, ``datasets`` and ``metrics``, ``store`` and ``jobs``, ``results`` and ``plots``.
-A module imports only from rooms before it in this list.
+Rooms, from the ground up:
+
+- the method: ``noise``, ``edm`` and ``adm``, ``sampler``, ``discriminator``, ``guidance``; ``toy``, a world in two
+  dimensions where all of it is known exactly
+- networks in files: ``unpickle``, ``weights``, ``checkpoints``, ``inspection``, ``standins``
+- data and scores: ``datasets``, ``metrics``; ``pretrain`` trains the networks that ship with the repository
+- the study's steps, found or computed: ``distributed`` and ``store``, ``jobs``, ``study``
+- what they say: ``trace``, ``results``, ``analysis``, ``plots``, ``report``, ``check_report``, ``site``
+- running it: ``notebooks``, ``plan``, ``doctor``, ``bench_metrics``
+
+A module imports only from rooms before it in this list, but for what a function needs to start another (a rank, a
+process): tests/test_environment.py reads this.
 """
 
 __version__ = "0.1.0"

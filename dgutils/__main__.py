@@ -99,6 +99,20 @@ def _report(args):
     print(path.relative_to(repo_root()))
 
 
+def _check_report(args):
+    from .check_report import check
+
+    problems = check(_report_profile(args.profile))
+    print("\n".join(problems) or "the report is in order")
+    return 1 if problems else 0
+
+
+def _html(args):
+    from .site import build
+
+    print(build(_report_profile(args.profile)).relative_to(repo_root()))
+
+
 def _trace(args):
     from .results import load_results
     from .trace import describe
@@ -163,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--strict", action="store_true", help="refuse results older than the code that made them")
     trace = command("trace", _trace, "where a number, figure or table of the report comes from")
     trace.add_argument("key", help="as in \\res{key}; figure:NN_slug; table:name")
-    for sub in (report, trace):
+    check = command("check-report", _check_report, "build the report and its anonymous copy; is their form in order?")
+    site = command("html", _html, "the executed notebooks and the report's figures as a static site")
+    for sub in (report, check, site, trace):
         sub.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
     sub = command("bench", _bench, "measure the claims of speed: ratios, each within one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, few repetitions: does it run?")

@@ -99,15 +99,14 @@ def load_dataset(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError for an unknown name or split, a source that is absent, or images with a wrong checksum.
     """
-    if (name, split) not in CHECKSUMS:
-        raise UserError(f"no dataset '{name}' with split '{split}'; there are: {sorted(CHECKSUMS)}")
+    expected = dataset_digest(name, split)
     try:
         images, labels, checksum = _canonical(*_READERS[name](split))
     except UserError:
         raise
     except Exception as error:  # torchvision, gzip and numpy raise a dozen types; all mean: not readable
         raise UserError(f"cannot read {name} ({split}): {error}; {_REMEDIES[name]}") from error
-    if checksum != CHECKSUMS[name, split]:
+    if checksum != expected:
         raise UserError(f"{name} ({split}) has checksum {checksum[:12]}, not the published images; {_REMEDIES[name]}")
     images.flags.writeable = labels.flags.writeable = False
     return images, labels
@@ -115,6 +114,8 @@ def load_dataset(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def dataset_digest(name: str, split: str) -> str:
     """The checksum that `load_dataset` enforces: the identity of these images in the store."""
+    if (name, split) not in CHECKSUMS:
+        raise UserError(f"no dataset '{name}' with split '{split}'; there are: {sorted(CHECKSUMS)}")
     return CHECKSUMS[name, split]
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from .adm import EncoderUNet
 from .errors import UserError
 from .noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma, vp_to_cosine_time
+from .sampler import autocast
 
 # Third word of the random key: which use a stream serves (0 is the sampler's, see noise.PerSampleNoise).
 TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5
@@ -78,6 +79,8 @@ class Ensemble(nn.Module):
             raise UserError(f"unknown combination rule {rule!r}: choose one of {', '.join(RULES)}")
         if not heads:
             raise UserError("an ensemble needs at least one discriminator head")
+        if clock not in CLOCKS:
+            raise UserError(f"unknown clock {clock!r}: choose one of {', '.join(CLOCKS)}")
         self.extractor, self.heads, self.rule, self.clock = extractor, nn.ModuleList(heads), rule, CLOCKS[clock]
         self.eval().requires_grad_(False)
 
@@ -110,13 +113,6 @@ class Discriminator(Ensemble):
     def logit(self, x_vp, vp_time):
         """Logit [N], which is the log-density-ratio; arguments as in `Ensemble.logits`."""
         return self.log_density_ratio(x_vp, vp_time)
-
-
-def autocast(device, precision):
-    """Context in which networks run in `precision`, "float32" or "bfloat16" (mixed)."""
-    if precision not in ("float32", "bfloat16"):
-        raise UserError(f"unknown precision {precision!r}: choose float32 or bfloat16")
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 # --- Training ----------------------------------------------------------------------------------------------
@@ -303,14 +299,21 @@ def train_discriminators(
     Raises UserError for unbalanced data, fewer images than a batch, an unusable member, unknown names.
     """
     for images, labels in ((images_train, labels_train), (images_val, labels_val)):
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+            raise UserError(f"{len(images)} images of {images.dtype} {images.shape[1:]}: give uint8 [N, H, W, C]")
         if len(images) != len(labels) or 2 * np.sum(labels) != len(labels):
             raise UserError(f"{len(images)} images, {len(labels)} labels, {int(np.sum(labels))} real: "
                             "give as many real as generated, or logits are not log-density-ratios")
     if not 1 <= batch_size <= len(images_train):
         raise UserError(f"batch_size {batch_size}: use at most the {len(images_train)} training images")
+    if not members:
+        raise UserError("no member to train: give at least one")
     for member in members:
         if member.epochs < 1 or not 0 < member.min_time < 1:
             raise UserError(f"discriminator {member.name}: epochs must be >= 1 and 0 < min_time < 1")
+        if not 0 < member.learning_rate < math.inf or not 0 <= member.weight_decay < math.inf:
+            raise UserError(f"discriminator {member.name}: learning_rate {member.learning_rate} and weight_decay "
+                            f"{member.weight_decay} must be finite, and neither negative nor a rate of 0")
     if resampling not in RESAMPLINGS:
         raise UserError(f"unknown resampling {resampling!r}: choose one of {', '.join(RESAMPLINGS)}")
     for m, epoch in kept:

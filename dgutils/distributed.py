@@ -348,6 +348,6 @@ def launch(profile: str, nodes: int, gpus_per_node: int, cpus_per_gpu: int = 8, 
                f"cpus-per-task={gpus_per_node * cpus_per_gpu}", f"time={limit}", "requeue", "signal=B:USR1@300",
                "open-mode=append", f"output=dgutils-{profile}-%j.log", *sbatch]  # fmt: skip
     return _SLURM.format(
-        profile=profile, nodes=nodes, gpus=gpus_per_node, threads=cpus_per_gpu, restarts=MAX_RESTARTS, own_store=_OWN_STORE,
-        options="\n".join(f"#SBATCH --{option}" for option in options),
+        profile=profile, nodes=nodes, gpus=gpus_per_node, threads=cpus_per_gpu, restarts=MAX_RESTARTS,
+        own_store=_OWN_STORE, options="\n".join(f"#SBATCH --{option}" for option in options),
     )  # fmt: skip

@@ -178,6 +178,9 @@ class SongUNet(nn.Module):
         for value, known in ((embedding_type, EMBEDDINGS), (encoder_type, ENCODERS), (decoder_type, DECODERS)):
             if value not in known:
                 raise UserError(f"SongUNet: '{value}' is none of {', '.join(known)}")
+        if img_resolution % 2 ** (len(channel_mult) - 1):
+            raise UserError(f"SongUNet: resolution {img_resolution} is not divisible by "
+                            f"{2 ** (len(channel_mult) - 1)}, as {len(channel_mult)} levels need")  # fmt: skip
         emb, noise = channel_mult_emb * model_channels, channel_mult_noise * model_channels
         widths = [model_channels * m for m in channel_mult]
         resolutions = [img_resolution >> level for level in range(len(widths))]

@@ -8,10 +8,9 @@ import math
 
 import torch
 
-from .discriminator import autocast
 from .errors import UserError
 from .noise import sigma_to_vp_time, vp_scale
-from .sampler import Churn, Denoise, NotFinite
+from .sampler import Churn, Denoise, NotFinite, autocast
 
 # Boosting (DG section 4.3): (period, phase) of the steps with extra noise, and of those with doubled guidance.
 # "released" is the authors' code; "paper" is their text, every odd denoising step for both.
@@ -45,7 +44,8 @@ class GuidedDenoiser:
     """A denoiser with discriminator guidance, for `edm_sampler`; use its `churn` too when boosting.
 
     denoise: the unguided denoiser; ensemble: has log_density_ratio(x_vp, vp_time), and class labels as a third
-    argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor, weight_2nd_order on the Heun corrector.
+    argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor, weight_2nd_order on
+    the Heun corrector.
     time_min, time_max: VP times outside of which there is no guidance, image by image (the authors' code asks the
     batch's least time, which differs only while boosting). boosting: a name of `BOOSTING`.
     log_ratio: a name of `LOG_RATIOS`. Raises UserError for unknown names and bad windows.
@@ -61,8 +61,8 @@ class GuidedDenoiser:
             raise UserError(f"unknown boosting '{boosting}'; choose one of {', '.join(BOOSTING)}")
         if not 0 <= time_min <= time_max <= 1:
             raise UserError(f"guidance window [{time_min}, {time_max}]: needs 0 <= time_min <= time_max <= 1")
-        if weight_1st_order < 0 or weight_2nd_order < 0:
-            raise UserError(f"guidance weights {weight_1st_order}, {weight_2nd_order} must not be negative")
+        if not (0 <= weight_1st_order < math.inf and 0 <= weight_2nd_order < math.inf):
+            raise UserError(f"guidance weights {weight_1st_order}, {weight_2nd_order} must be finite, not negative")
         self.denoise, self.ensemble, self.precision = denoise, ensemble, precision
         self.weights = {1: weight_1st_order, 2: weight_2nd_order}
         self.time_min, self.time_max, self.boosting = time_min, time_max, BOOSTING[boosting]
@@ -97,7 +97,7 @@ class GuidedDenoiser:
         return guidance
 
     def churn(self, step: int, base: Churn) -> Churn:
-        """Boosting's churn for `edm_sampler`: on boosted steps, its own for samples whose previous log r was negative."""
+        """Boosting's churn for `edm_sampler`: on boosted steps, its own where the previous log r was negative."""
         if self.boosting is None or self.last_log_ratio is None or step % self.boosting[0][0] != self.boosting[0][1]:
             return base
         in_need = self.last_log_ratio < 0

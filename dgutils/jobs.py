@@ -82,6 +82,12 @@ class Sampling:
     def __post_init__(self):
         if self.sampler not in ("heun", "ancestral"):
             raise UserError(f"unknown sampler '{self.sampler}': choose heun or ancestral")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"unknown precision '{self.precision}': choose auto, float32 or bfloat16")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size {self.batch_size}: sample at least 1 image at once")
+        if self.s_churn < 0 or self.s_noise < 0:
+            raise UserError(f"s_churn {self.s_churn} and s_noise {self.s_noise} must not be negative")
         if self.shard_size % self.batch_size:
             raise UserError(f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
         if self.cfg_network and not self.conditional:
@@ -247,8 +253,16 @@ def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_hea
 
 
 def scaled_members(names, learning_rates, weight_decays, epochs, min_times, epoch_scale: float):
-    """Table 1 as members, every number of epochs multiplied by `epoch_scale` (at least one epoch)."""
-    columns = zip(names, learning_rates, weight_decays, epochs, min_times, strict=True)
+    """Table 1 as members, every number of epochs multiplied by `epoch_scale` (at least one epoch).
+
+    Raises UserError for columns of different lengths.
+    """
+    columns = {"member_names": names, "learning_rates": learning_rates, "weight_decays": weight_decays,
+               "epochs": epochs, "min_times": min_times}  # fmt: skip
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+        raise UserError(f"table 1 needs one value a member in every column, not {lengths}")
+    columns = zip(*columns.values(), strict=True)
     return tuple(MemberConfig(n, lr, wd, max(1, round(e * epoch_scale)), t) for n, lr, wd, e, t in columns)
 
 
@@ -434,6 +448,8 @@ class RealSet:
     @cached_property
     def images(self) -> np.ndarray:
         images, _ = datasets.load_dataset(self.dataset, self.split)
+        if self.n < 1 or self.start < 0:
+            raise UserError(f"{self.n} real images from number {self.start} on: ask for at least 1, from 0 on")
         if self.start + self.n > len(images):
             raise UserError(f"{self.dataset} has {len(images)} {self.split} images, not {self.start + self.n}")
         return images[self.start : self.start + self.n]
@@ -483,7 +499,11 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
     source = replace(images)  # a copy, whose pixels go when the features are there
 
     def compute_shard(rows):
-        values = encode(source.images[rows.start : rows.stop], space)
+        try:
+            values = encode(source.images[rows.start : rows.stop], space)
+        except UserError as error:  # it counts rows from the shard's first
+            seed = f", seed {images.seeds[rows.start]}" if images.seeds else ""
+            raise UserError(f"{images.label}, counted from image {rows.start}{seed}: {error}") from error
         return {"features": np.pad(values, ((0, len(rows) - len(values)), (0, 0)))}  # the last shard may want a few
 
     return feature_rows(store, images, space).ensure(images.n, compute_shard).load(images.n, "features")

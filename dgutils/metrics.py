@@ -465,8 +465,9 @@ def extract(images_u8, encode: Callable, batch_size: int = 64, progress: Callabl
 def image_features(images_u8, space: str = DEFAULT_SPACE, batch_size: int = 16,
                    progress: Callable | None = None, device: str = "cpu") -> np.ndarray:
     """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a named space (see `metric_name`)."""
-    if np.ndim(images_u8) != 4 or np.shape(images_u8)[3] not in (1, 3):
-        raise UserError(f"images must have shape [N,H,W,C] with 1 or 3 channels, got {np.shape(images_u8)}")
+    if np.ndim(images_u8) != 4 or np.shape(images_u8)[3] not in (1, 3) or images_u8.dtype != np.uint8:
+        raise UserError("images must be uint8 [N,H,W,C] with 1 or 3 channels, "
+                        f"got {images_u8.dtype} {np.shape(images_u8)}")
     if space == "inception":
         encode = _inception(weights.find("inception"), device)  # [B,2048]
     else:

@@ -19,12 +19,12 @@ BETA_MIN, BETA_MAX = 0.1, 20.0
 def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
     """Noise levels of the sampler, EDM eq. 5: `num_steps` decreasing values, then 0. Float64 [num_steps + 1].
 
-    Raises UserError unless num_steps >= 2 and 0 < sigma_min < sigma_max.
+    Raises UserError unless num_steps >= 2, 0 < sigma_min < sigma_max < infinity and rho > 0.
     """
-    if num_steps < 2 or not 0 < sigma_min < sigma_max or rho <= 0:
+    if num_steps < 2 or not 0 < sigma_min < sigma_max < math.inf or not 0 < rho < math.inf:
         raise UserError(
             f"karras_sigmas: num_steps={num_steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
-            "needs num_steps >= 2, 0 < sigma_min < sigma_max and rho > 0"
+            "needs num_steps >= 2, finite 0 < sigma_min < sigma_max and rho > 0"
         )
     ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
     lowest, highest = sigma_min ** (1 / rho), sigma_max ** (1 / rho)

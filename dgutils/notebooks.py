@@ -17,9 +17,9 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError
-from nbconvert import HTMLExporter
 from traitlets import default
 
+from . import site
 from .errors import UserError
 from .paths import repo_root, runs_dir
 from .store import FULL_DISK, disk_errors, lock, log_line
@@ -110,7 +110,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return name, yaml.safe_load(value)
+        try:
+            return name, yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}: neither Python nor YAML: {' '.join(str(error).split())}") from error
 
 
 def load_profile(profile: str) -> dict[str, Any]:
@@ -171,12 +174,6 @@ def why_incomplete(notebook: nbformat.NotebookNode, name: str) -> str | None:
     return None
 
 
-def write_html(executed: Path, target: Path) -> None:
-    """The executed notebook as one page."""
-    body, _ = HTMLExporter().from_filename(str(executed))
-    target.write_text(body)
-
-
 def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_timeout: int = CELL_TIMEOUT) -> Path:
     """Execute one notebook with these parameters; out_dir/notebooks/<name>.ipynb appears when it is complete.
 
@@ -218,7 +215,7 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
             raise UserError(f"notebook {name} failed: {problem} (see {failed})")
         os.replace(temporary, done)
         failed.unlink(missing_ok=True)
-        write_html(done, html)
+        html.write_text(site.notebook_page(done, out_dir.name)[1], encoding="utf-8")
     return done
 
 

@@ -94,8 +94,10 @@ def parity(path: Path) -> str:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 4 and cells[2][:1].isdigit():
             kinds.setdefault(cells[0], []).append(cells[2:])
-    rows = [(kind, str(len(cases)), max((error for error, _ in cases), key=float), min((at for _, at in cases), key=float))
-            for kind, cases in kinds.items()]  # fmt: skip
+    rows = []
+    for kind, cases in kinds.items():
+        errors, limits = zip(*cases, strict=True)
+        rows.append((kind, str(len(cases)), max(errors, key=float), min(limits, key=float)))
     return tabular(["Compared", "Cases", "Largest error", "Test fails at"], rows)
 
 

@@ -1,4 +1,4 @@
-"""The samplers: EDM's Heun and DDPM's ancestral. They ask a denoiser what the clean image is, and know no discriminator.
+"""The samplers: EDM's Heun and DDPM's ancestral. They ask a denoiser for the clean image, and know no discriminator.
 
 A denoiser here is any callable `denoise(x, sigma, step, order)`: x float64 [N, C, H, W], sigma float64 [N],
 `step` the index i of the loop, `order` 1 for the Euler predictor and 2 for the Heun corrector. Baseline,
@@ -23,13 +23,24 @@ def nfe(num_steps: int) -> int:
     return 2 * num_steps - 1
 
 
+def autocast(device, precision: str):
+    """Context in which networks run in `precision`, "float32" or "bfloat16" (mixed). Raises UserError for others."""
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f"unknown precision {precision!r}: choose float32 or bfloat16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def network_denoiser(network, precision: str = "float32", class_labels=None) -> Denoise:
-    """A trained `Denoiser` as the sampler's callable; its networks run in `precision`, sums in float64."""
-    device = next(network.parameters()).device.type
+    """A trained `Denoiser` as the sampler's callable; its networks run in `precision`, sums in float64.
+
+    Raises UserError for an unknown precision.
+    """
+    device = next(network.parameters()).device
+    autocast(device, precision)
 
     @torch.no_grad()
     def denoise(x, sigma, step, order):
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        with autocast(device, precision):
             return network(x, sigma, class_labels).double()
 
     return denoise

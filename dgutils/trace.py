@@ -313,7 +313,8 @@ def stale(results) -> list[str]:
             if "step" not in entry and cards.get(entry["label"], digest) != digest:
                 lines.append(f"{notebook}: {entry['label']} is another file now")
             if entry.get("step") in ("generate", "train"):
-                makers.setdefault(f"{entry['step']} '{entry['label']}'", {}).setdefault(notebook, set()).add(entry["folder"])
+                made = makers.setdefault(f"{entry['step']} '{entry['label']}'", {})
+                made.setdefault(notebook, set()).add(entry["folder"])
     for what, folders in makers.items():
         if len(set().union(*folders.values())) > max(map(len, folders.values())):
             lines.append(f"{', '.join(folders)}: each is made from another {what}")

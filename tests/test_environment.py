@@ -1,5 +1,6 @@
 """One list of versions: requirements.txt. Everything else that names a package agrees with it."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -106,3 +107,16 @@ def test_missing_data_package_is_no_failure(bare_machine):
     else:
         result = bare_machine("data", **{"apt-get": "exit 100", "id": "echo 1000", "sudo": "exit 1"})
         assert result.returncode == 0 and "apt-get install dataset-fashion-mnist" in result.stderr
+
+
+def test_modules_import_only_from_rooms_before_theirs():
+    rooms = re.findall(r"``(\w+)``", (ROOT / "dgutils/__init__.py").read_text())
+    place = {name: i for i, name in enumerate(["errors", "paths", *rooms])}
+    files = {path.stem: path for path in (ROOT / "dgutils").glob("[a-z]*.py")}
+    assert len(rooms) == len(set(rooms)) and set(place) == set(files)
+    for name, path in files.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("dgutils")):
+                module = (node.module or "").removeprefix("dgutils").strip(".")
+                for used in [module] if module else [alias.name for alias in node.names]:
+                    assert place[used] < place[name], f"{name} imports {used}"

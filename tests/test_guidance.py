@@ -145,7 +145,8 @@ def test_class_labels_reach_the_discriminator():
 
 def test_guidance_that_is_not_finite_names_itself_step_sigma_and_seeds():
     guided = GuidedDenoiser(wrong, Tilted([0.0, math.nan]), 1.0)
-    guided.ensemble.log_density_ratio = lambda x, t: (x * torch.tensor([1.0, math.nan])[:, None, None, None]).sum((1, 2, 3))
+    broken = torch.tensor([1.0, math.nan])[:, None, None, None]
+    guided.ensemble.log_density_ratio = lambda x, t: (x * broken).sum((1, 2, 3))
     with pytest.raises(UserError, match=r"the guidance is not finite at step 0 \(sigma 80\) for seeds \[8\]"):
         edm_sampler(guided, PerSampleNoise([7, 8], (1, 2, 2)), karras_sigmas(5))
 
@@ -155,7 +156,7 @@ def test_guidance_that_is_not_finite_names_itself_step_sigma_and_seeds():
     [
         (dict(time_min=0.6, time_max=0.5), "time_min <= time_max"),
         (dict(time_max=1.5), "time_max <= 1"),
-        (dict(weight_1st_order=-1.0), "must not be negative"),
+        (dict(weight_1st_order=-1.0), "must be finite, not negative"),
         (dict(boosting="sometimes"), "unknown boosting"),
         (dict(log_ratio="probability"), "unknown log_ratio"),
     ],
