@@ -8,7 +8,7 @@ Rooms, from the ground up:
 - data and scores: ``datasets``, ``metrics``; ``pretrain`` trains the networks that ship with the repository
 - the study's steps, found or computed: ``distributed`` and ``store``, ``jobs``, ``study``
 - what they say: ``trace``, ``results``, ``analysis``, ``plots``, ``report``, ``check_report``, ``site``
-- running it: ``notebooks``, ``plan``, ``doctor``, ``bench_metrics``
+- running it: ``notebooks``, ``plan``, ``doctor``, ``bench_metrics``, ``bench``
 
 A module imports only from rooms before it in this list, but for what a function needs to start another (a rank, a
 process): tests/test_environment.py reads this.

@@ -311,9 +311,9 @@ def train_discriminators(
     for member in members:
         if member.epochs < 1 or not 0 < member.min_time < 1:
             raise UserError(f"discriminator {member.name}: epochs must be >= 1 and 0 < min_time < 1")
-        if not 0 < member.learning_rate < math.inf or not 0 <= member.weight_decay < math.inf:
+        if not (0 <= member.learning_rate < math.inf and 0 <= member.weight_decay < math.inf):
             raise UserError(f"discriminator {member.name}: learning_rate {member.learning_rate} and weight_decay "
-                            f"{member.weight_decay} must be finite, and neither negative nor a rate of 0")
+                            f"{member.weight_decay} must be finite, not negative")
     if resampling not in RESAMPLINGS:
         raise UserError(f"unknown resampling {resampling!r}: choose one of {', '.join(RESAMPLINGS)}")
     for m, epoch in kept:

@@ -32,6 +32,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from dgutils import jobs, plots, results  # noqa: E402
 from dgutils.discriminator import MemberConfig  # noqa: E402
+from dgutils.report import write_latex  # noqa: E402
 from dgutils.store import Store  # noqa: E402
 
 MEMBERS = (MemberConfig("a", 1e-2, 0.0, 8), MemberConfig("b", 1e-3, 1e-7, 5, 0.01))
@@ -79,7 +80,7 @@ def report(folder):
         recorder.record(f"mean.{i}", image.mean(), label="mean grey level", cell="report", n=1)
     recorder.table("means", ["image", "mean"], [(str(i), f"mean.{i}") for i in range(len(pixels))])
     recorder.write()
-    results.write_latex("smoke")
+    write_latex("smoke")
     figure = Figure()
     figure.add_subplot().hist(pixels.ravel())
     plots.save_figure(figure, "smoke", "01_grey_levels")
@@ -162,22 +163,22 @@ def snapshot(folder) -> dict[str, str]:
             content = json.dumps(record).encode()
         elif path.suffix in (".ipynb", ".html"):
             content = b"complete" if b"NOTEBOOK COMPLETE: 01_kill" in content else b"not complete"
-        elif name.endswith("table_provenance.tex"):
-            content = re.sub(rb"\d{4}-\d\d-\d\d", b"", content)
+        elif name.endswith("numbers.tex"):
+            content = re.sub(rb"\d{4}-\d\d-\d\d|[\d.,]+ \w+ of computing", b"", content)
         files[name] = hashlib.sha256(content).hexdigest()
     return files
 
 
 def prepare(stage, folder, inputs):
     """A folder as the stage finds it: its inputs are there, it has not begun."""
-    folder.mkdir(parents=True)
+    (folder / "notebooks" / "profiles").mkdir(parents=True)
+    shutil.copytree(Path(__file__).parents[1] / "docs", folder / "docs")  # the report quotes it
+    (folder / "notebooks" / "profiles" / "smoke.yaml").write_text("profile: smoke\n")
     if stage == "notebook":
         import nbformat
         from nbformat import v4
 
         cells = [v4.new_code_cell(source, metadata={"tags": tags}) for source, tags in NOTEBOOK]
-        (folder / "notebooks" / "profiles").mkdir(parents=True)
-        (folder / "notebooks" / "profiles" / "smoke.yaml").write_text("profile: smoke\n")
         nbformat.write(v4.new_notebook(cells=cells), folder / "notebooks" / "01_kill.ipynb")
     elif stage != "sampling":
         shutil.copytree(inputs, folder, dirs_exist_ok=True)

@@ -1,0 +1,333 @@
+"""`make bench`: what is claimed of speed and memory, measured here and now: ratios within one run, medians of five.
+
+Whatever is compared takes turns, so that other work on the machine weighs on all of it. The published loop that ours is
+measured against is written out below from its description (EDM algorithm 2, DG eq. 8): float32, eager, default memory
+layout, one network evaluation at a time, extractor and head called for each member.
+"""
+
+import copy
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from . import bench_metrics, checkpoints, datasets, jobs
+from .adm import EncoderUNet, Stem
+from .discriminator import Ensemble, MemberConfig, init_head, perturb, train_discriminators
+from .edm import Denoiser
+from .errors import UserError
+from .guidance import GuidedDenoiser, grad_log_density_ratio
+from .noise import PerSampleNoise, karras_sigmas, keyed_rng, sigma_to_vp_time, vp_scale
+from .paths import repo_root
+from .sampler import edm_sampler, network_denoiser
+from .store import Store, provenance, write_file
+
+RUNS = 5
+# name -> score network, extractor, head's width, blocks and attention channels, images at once, steps
+SIZES = {
+    "Fashion-MNIST, small": ("fashion-mnist-edm", "fashion-mnist-adm", 32, 2, 32, 125, 6),
+    "CIFAR-10, small": ("cifar10-edm", "cifar10-adm", 32, 2, 32, 125, 6),
+    "CIFAR-10, published": ("edm-cifar10-32x32-uncond-vp", "32x32_classifier", 128, 2, 64, 8, 3),
+}
+WEIGHT, TIME_MIN, TIME_MAX = 2.0, 0.01, 1.0
+
+
+# ---- the published loop ------------------------------------------------------------------
+
+
+class _PlainStem(torch.nn.Conv2d):
+    """The first convolution, which leaves the memory layout as it is."""
+
+    def forward(self, x, embedding):
+        return super().forward(x)
+
+
+def _plain(network):
+    """A copy of a network in the default memory layout, as the published code runs it."""
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    for module in network.modules():
+        if isinstance(module, Stem):
+            module.__class__ = _PlainStem
+    return network
+
+
+def plain_guidance(extractor, heads, x, sigma):
+    """grad log r of the mean probability, the probabilities clipped; one extractor pass and one head a member."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        time, probabilities = sigma_to_vp_time(sigma), []
+        for head in heads:
+            scaled = x * vp_scale(sigma)[:, None, None, None]
+            logit = head(extractor.features(scaled.float(), time.float()), time.float())[:, 0]
+            probabilities.append(torch.sigmoid(logit.double()))
+        p = torch.stack(probabilities).mean(0).clamp(1e-5, 1 - 1e-5)
+        (grad,) = torch.autograd.grad(torch.log(p / (1 - p)).sum(), x)
+    return grad
+
+
+@torch.no_grad()
+def plain_sampler(score, extractor, heads, noise, sigmas):
+    """Guided images [N, C, H, W], float64, of Heun's method; guidance on the predictor, inside the time window."""
+    x = noise.draw(0) * sigmas[0]
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        levels = sigma.expand(len(x))
+        slope = (x - score(x.float(), levels.float()).double()) / sigma
+        if TIME_MIN <= sigma_to_vp_time(sigma) <= TIME_MAX:
+            slope = slope - WEIGHT * sigma * plain_guidance(extractor, heads, x, levels)
+        ahead = x + (following - sigma) * slope
+        if following > 0:
+            there = (ahead - score(ahead.float(), following.expand(len(x)).float()).double()) / following
+            ahead = x + (following - sigma) * (slope + there) / 2
+        x = ahead
+    return x
+
+
+# ---- measuring ---------------------------------------------------------------------------
+
+
+def seconds(calls: dict, runs: int) -> dict[str, float]:
+    """Median seconds of each call; after a warm-up they take turns."""
+    taken = {name: [] for name in calls}
+    for run in range(runs + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if run:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _load(name: str, kind: str):
+    """A network; with random weights if its file is absent: the cost is the same."""
+    try:
+        network = checkpoints.load_denoiser(name) if kind == "score" else checkpoints.load_feature_extractor(name)
+    except UserError:
+        network = (Denoiser if kind == "score" else EncoderUNet)(**checkpoints.network_config(name))
+    return network.eval().requires_grad_(False).to(jobs.device())
+
+
+def _heads(extractor_name: str, width: int, blocks: int, channels: int, count: int) -> list:
+    """Heads that answer something: what training starts from zero is random here."""
+    heads = [init_head(jobs.head_config(extractor_name, width, blocks, channels), 0, m) for m in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    for head in heads:
+        head.eval().requires_grad_(False)
+        for value in head.parameters():
+            if value.ndim > 1 and not value.any():
+                value.copy_(torch.randn(value.shape, generator=generator) / math.sqrt(value[0].numel()))
+    return [head.to(jobs.device()) for head in heads]
+
+
+def _guided(score, extractor, heads, precision):
+    ensemble = Ensemble(extractor, heads, "mean_probability").to(jobs.device())
+    return GuidedDenoiser(network_denoiser(score, precision), ensemble, WEIGHT, 0.0, TIME_MIN, TIME_MAX, "none",
+                          precision, "clipped")  # fmt: skip
+
+
+def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
+    """Guided sampling by one discriminator against the published loop, and by six against one."""
+    speed, agreement, members, default = [], [], [], jobs.resolve_precision("auto")
+    for name in names:
+        score_name, extractor_name, *head, size, steps = SIZES[name]
+        size = batch or size
+        score, extractor = _load(score_name, "score"), _load(extractor_name, "extractor")
+        plain_score, plain_extractor = _plain(score), _plain(extractor)
+        heads, sigmas = _heads(extractor_name, *head, 6), karras_sigmas(steps).to(jobs.device())
+        plain_heads = [_plain(head) for head in heads]
+
+        def ours(count, precision, score=score, extractor=extractor, heads=heads, sigmas=sigmas, size=size):
+            noise = PerSampleNoise(range(size), score.shape, jobs.device())
+            return edm_sampler(_guided(score, extractor, heads[:count], precision), noise, sigmas)
+
+        def published(score=plain_score, extractor=plain_extractor, heads=plain_heads, sigmas=sigmas, size=size):
+            noise = PerSampleNoise(range(size), score.shape, jobs.device())
+            return plain_sampler(score, extractor, heads[:1], noise, sigmas)
+
+        calls = {"published": published, "float32": partial(ours, 1, "float32"), "default": partial(ours, 1, default),
+                 "six": partial(ours, 6, default)}  # fmt: skip
+        took = seconds(calls, runs)
+        rates = {call: size / value for call, value in took.items()}
+        speed.append([name, size, *(f"{rates[call]:.3g}" for call in ("published", "float32", "default")),
+                      f"{took['published'] / took['float32']:.2f}", f"{took['published'] / took['default']:.2f}"])
+        members.append([name, size, f"{rates['default']:.3g}", f"{rates['six']:.3g}",
+                        f"{took['six'] / took['default']:.2f}"])  # fmt: skip
+        theirs, exact, rounded = published(), ours(1, "float32"), ours(1, default)
+        grey = np.abs(datasets.to_uint8(rounded).astype(int) - datasets.to_uint8(theirs).astype(int))
+        error = ((exact - theirs).abs().max() / theirs.abs().max()).item()
+        agreement.append([name, f"{error:.1e}", default, f"{100 * (grey <= 1).mean():.3f} %", int(grey.max())])
+    return {"speed": speed, "agreement": agreement, "members": members}
+
+
+def training(names, runs: int, images: int) -> list:
+    """An epoch of six members, their minimum times included, against an epoch of one."""
+    rows, times = [], (1e-5, 1e-5, 1e-2, 1e-3, 1e-3, 1e-5)
+    members = [MemberConfig(f"D{i}", 1e-4, 0.0, 1, t) for i, t in enumerate(times)]
+    for name in names:
+        score_name, extractor_name, *head, _, _ = SIZES[name]
+        extractor = _load(extractor_name, "extractor")
+        channels, height, width = checkpoints.image_shape(score_name)
+        pixels = np.random.default_rng(0).integers(0, 256, (images, height, width, channels), np.uint8)
+        labels, config = np.arange(images) % 2, jobs.head_config(extractor_name, *head)
+
+        def train(count, extractor=extractor, config=config, pixels=pixels, labels=labels):
+            batch = min(128, images)
+            train_discriminators(extractor, config, pixels, labels, pixels[:batch], labels[:batch], members[:count],
+                                 batch, 0, jobs.resolve_precision("auto"))  # fmt: skip
+
+        took = seconds({"one": partial(train, 1), "six": partial(train, 6)}, runs)
+        rows.append([name, images, f"{took['one']:.2f}", f"{took['six']:.2f}", f"{took['six'] / took['one']:.2f}"])
+    return rows
+
+
+def limits(name: str, runs: int, side: int, batch: int) -> list:
+    """Which share of the machine's matrix multiplications a guided step reaches, by precision."""
+    score_name, extractor_name, *head, _, _ = SIZES[name]
+    score, extractor = _load(score_name, "score"), _load(extractor_name, "extractor")
+    heads, rows = _heads(extractor_name, *head, 1), []
+    x = torch.zeros(batch, *score.shape, dtype=torch.float64, device=jobs.device())
+    sigma = torch.ones(batch, dtype=torch.float64, device=jobs.device())
+    for precision in ("float32", "bfloat16"):
+        denoise = _guided(score, extractor, heads, precision)
+        a = torch.ones(side, side, dtype=getattr(torch, precision), device=jobs.device())
+        took = seconds({"product": lambda a=a: a @ a, "step": partial(denoise, x, sigma, 0, 1)}, runs)
+        with FlopCounterMode(display=False) as counter:
+            denoise(x, sigma, 0, 1)
+        limit, reached = 2 * side**3 / took["product"], counter.get_total_flops() / took["step"]
+        rows.append([precision, f"{limit / 1e9:.0f}", f"{reached / 1e9:.0f}", f"{100 * reached / limit:.0f} %"])
+    return rows
+
+
+def cosines(name: str, batch: int) -> list:
+    """Guidance in bfloat16 autocast against float32: cosine of log r's gradient by noise level, over images."""
+    _, extractor_name, *head, _, _ = SIZES[name]
+    ensemble = Ensemble(_load(extractor_name, "extractor"), _heads(extractor_name, *head, 1), "mean_logit")
+    ensemble.to(jobs.device())
+    config, rows = checkpoints.network_config(extractor_name), []
+    images, _ = datasets.load_dataset({1: "fashion_mnist", 3: "cifar10"}[config["in_channels"]], "test")
+    for sigma in (0.05, 0.2, 1.0, 5.0, 20.0):
+        level = torch.full((batch,), sigma, dtype=torch.float64)
+        x_vp = perturb(images[:batch], sigma_to_vp_time(level), keyed_rng(0, 0, 0, 9))
+        x = (x_vp / vp_scale(level)[:, None, None, None]).to(jobs.device())
+        exact, rounded = (grad_log_density_ratio(ensemble, x, level.to(x.device), precision)[0].flatten(1)
+                          for precision in ("float32", "bfloat16"))  # fmt: skip
+        cosine = torch.nn.functional.cosine_similarity(exact, rounded)
+        rows.append([f"{sigma:g}", f"{cosine.median():.5f}", f"{cosine.min():.5f}"])
+    return rows
+
+
+def growth(counts, steps: int) -> list:
+    """Seconds an image and peak memory of sampling more and more images, each number in a process of its own."""
+    rows = []
+    for count in counts:
+        command = [sys.executable, "-m", "dgutils.bench", str(count), str(steps)]
+        found = json.loads(subprocess.run(command, cwd=repo_root(), check=True, stdout=subprocess.PIPE).stdout)
+        rows.append([f"{count:,}", f"{1000 * found['seconds'] / count:.2f}", f"{found['mib']:.0f}"])
+    return rows
+
+
+def _grow(count: int, steps: int) -> dict:
+    config = jobs.Sampling("fashion-mnist-edm", steps, batch_size=125, shard_size=250)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder, lambda line: None)
+        jobs.generate(store, config, 250)  # loads the network
+        start = time.perf_counter()
+        jobs.generate(store, replace(config, sigma_max=79.0), count)
+        return {"seconds": time.perf_counter() - start, "mib": bench_metrics._peak_mib()}
+
+
+# ---- the page ----------------------------------------------------------------------------
+
+
+def _table(title: str, text: str, heads: list[str], rows: list) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [heads, ["---"] * len(heads), *rows]]
+    return f"## {title}\n\n{text}\n\n" + "\n".join(lines) + "\n"
+
+
+TABLES = {  # part -> title, what it says, heads of the columns
+    "speed": ("Guided sampling against the published loop",
+              "One discriminator; images a second, and how many times as fast as the published loop (float32, eager, "
+              "one evaluation at a time; written out in dgutils/bench.py).",
+              ["networks", "batch", "published loop", "ours, float32", "ours, default", "ratio, float32",
+               "ratio, default"]),
+    "agreement": ("The same images",
+                  "Against the published loop's at the same noise: relative error of ours in float32, and pixels "
+                  "within one grey level in the default precision.",
+                  ["networks", "relative error", "default", "within 1 grey level", "largest difference"]),
+    "members": ("Six discriminators against one",
+                "Guided sampling, default precision; the last column is what six cost when one costs 1.",
+                ["networks", "batch", "images/s, one", "images/s, six", "cost"]),
+    "training": ("Training six members against one", "One epoch each, in seconds, with their own minimum times.",
+                 ["networks", "images", "one", "six", "cost"]),
+    "limits": ("Share of the machine's limit",
+               "One guided step of the published architecture against a square matrix product in the same precision, "
+               "in GFLOP/s.", ["precision", "matrix product", "guided step", "share"]),
+    "cosines": ("bfloat16 against float32 guidance", "Cosine of the gradients of log r on noised test images.",
+                ["sigma", "median", "least"]),
+    "growth": ("More images",
+               "Unguided sampling through the store; milliseconds an image, and peak memory of the process in MiB. One "
+               "run each.", ["images", "ms an image", "peak MiB"]),
+    "scores": ("Scores",
+               "Random correlated features; seconds and peak MiB, ours against clean-fid's and prdc's where these can "
+               "do it.", ["what", "n", "d", "runs", "ours, s", "ours, MiB", "theirs, s", "theirs, MiB", "ratio",
+                       "theirs are"]),
+}  # fmt: skip
+
+
+def _page(found: dict, quick: bool) -> str:
+    about = provenance()
+    lines = ["# Speed and memory, measured", "",
+             f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}, code {str(about['revision'])[:10]}, torch "
+             f"{torch.__version__}, on {about['device']}, {torch.get_num_threads()} threads. Medians of {RUNS} turns "
+             "unless a table says otherwise; what is compared takes turns within one run.",
+             *(["", "**A trial at tiny sizes, which says nothing.**"] * quick)]  # fmt: skip
+    for part, (title, text, heads) in TABLES.items():
+        rows = [heads, ["---"] * len(heads), *found[part]]
+        lines += ["", f"## {title}", "", text, "", *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+    return "\n".join([*lines, ""])
+
+
+def _scores(quick: bool) -> list:
+    rows = bench_metrics.compare(64, 8, 1) if quick else bench_metrics.run(False)
+    table = []
+    for row in rows:
+        others = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("theirs_seconds", "theirs_mib", "ratio")]
+        table.append([row["what"], f"{row['n']:,}", row["d"], row["runs"], f"{row['ours_seconds']:.1f}",
+                      f"{row['ours_mib']:.0f}", *others, row["note"]])  # fmt: skip
+    return table
+
+
+def run(quick: bool, out: Path) -> None:
+    """Measure everything and write the page `out`. quick: tiny sizes, to see that it runs."""
+    names, runs = (list(SIZES)[:1], 1) if quick else (list(SIZES), RUNS)
+    found: dict[str, list] = {}
+    parts = [
+        lambda: sampling(names, runs, 2 if quick else None),
+        lambda: {"training": training(names[:2], runs, 32 if quick else 1024)},
+        lambda: {"limits": limits(names[-1], runs, *((64, 2) if quick else (2048, 16)))},
+        lambda: {"cosines": cosines(names[0], 4 if quick else 128)},
+        lambda: {"growth": growth((250,) if quick else (1000, 8000), 2)},
+        lambda: {"scores": _scores(quick)},
+    ]
+    for measure in tqdm(parts, desc="bench"):
+        found |= measure()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, _page(found, quick).encode())
+    print(out)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_grow(int(sys.argv[1]), int(sys.argv[2]))))

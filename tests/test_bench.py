@@ -1,0 +1,39 @@
+"""The benchmark runs, and what it measures against computes the same images; no test looks at a clock."""
+
+import torch
+
+from dgutils import bench
+from dgutils.noise import PerSampleNoise, karras_sigmas
+from dgutils.sampler import edm_sampler
+
+
+def test_the_published_loop_draws_our_images():
+    score_name, extractor_name, *head, _, _ = bench.SIZES["Fashion-MNIST, small"]
+    score, extractor = bench._load(score_name, "score"), bench._load(extractor_name, "extractor")
+    heads, sigmas = bench._heads(extractor_name, *head, 2), karras_sigmas(4)
+    draw = lambda: PerSampleNoise([3, 8], score.shape)  # noqa: E731
+    ours = edm_sampler(bench._guided(score, extractor, heads, "float32"), draw(), sigmas)
+    plain = [bench._plain(network) for network in (score, extractor, *heads)]
+    theirs = bench.plain_sampler(plain[0], plain[1], plain[2:], draw(), sigmas)
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    unguided = edm_sampler(lambda x, sigma, *_: score(x, sigma).double(), draw(), sigmas)
+    assert (ours - unguided).abs().max() > 1e-2  # guidance is part of what agrees
+    assert type(plain[1].input_blocks[0][0]) is bench._PlainStem and type(extractor.input_blocks[0][0]) is bench.Stem
+
+
+def test_calls_take_turns_and_the_median_counts(monkeypatch):
+    order, clock = [], iter([0.0, 9, 0, 9, 0, 1, 0, 5, 0, 2, 0, 6, 0, 3, 0, 7])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    took = bench.seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 4 and took == {"a": 2.0, "b": 6.0}  # the first turns, of 9 s, warmed up
+
+
+def test_page_has_every_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "growth", lambda counts, steps: [[f"{counts[0]}", "1.00", "700"]])
+    monkeypatch.setattr(bench, "_scores", lambda quick: [["Fréchet distance"] + ["-"] * 9])
+    bench.run(True, tmp_path / "docs" / "bench.md")
+    page = (tmp_path / "docs" / "bench.md").read_text()
+    assert "which says nothing" in page and torch.__version__ in page
+    for title, text, heads in bench.TABLES.values():
+        assert f"## {title}\n\n{text}\n\n| {' | '.join(heads)} |\n" in page
+    assert page.count("Fashion-MNIST, small") == 4
