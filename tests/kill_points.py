@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: only a process without threads can safely fork
+os.environ["GIT_DIR"] = os.devnull  # manifests name the code revision, and somebody may commit meanwhile
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import psutil  # noqa: E402
