@@ -54,13 +54,17 @@ def _plan(args):
 
 
 def _fetch(args):
-    from . import weights
+    from . import datasets, weights
     from .notebooks import every_parameter
 
-    names = args.name or weights.mentioned(every_parameter(args.profile))
+    parameters = every_parameter(args.profile)
+    names = args.name or weights.mentioned(parameters)
     weights.fetch(names)
+    if not args.name:
+        for split in ("train", "test"):
+            datasets.load_dataset(parameters["dataset"], split)
     if not names:
-        print(f"profile {args.profile} needs no file from the network")
+        print(f"profile {args.profile} needs no weights from the network; its images are here")
 
 
 def _inspect(args):

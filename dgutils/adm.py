@@ -215,7 +215,10 @@ class EncoderUNet(nn.Module):
         embedding = self.time_embed(timestep_embedding(time, self.config["model_channels"]))  # [N,E]
         if class_labels is not None:
             embedding = embedding + self.label_emb(class_labels)
-        h = F.pixel_unshuffle(x.to(dtype), self.config["patch_size"])  # [N,C p^2,H/p,W/p]
+        mixed = x.dtype == torch.bfloat16 and torch.is_autocast_enabled(x.device.type)
+        h = x if mixed else x.to(dtype)
+        if self.config["patch_size"] > 1:  # by one it would be a slow copy that also forgets the layout
+            h = F.pixel_unshuffle(h, self.config["patch_size"])  # [N,C p^2,H/p,W/p]
         for block in self.input_blocks:
             h = block(h, embedding)
         return self.middle_block(h, embedding)

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from scipy import stats
 
+from . import jobs
 from .discriminator import EVALUATION, Ensemble, perturb
 from .guidance import grad_log_density_ratio
-from .jobs import Scores, Trained, device
+from .jobs import Guidance, Scores, Trained, device
 from .metrics import Interval, Resampled
 from .noise import keyed_rng, sigma_to_vp_time, vp_scale, vp_time_to_sigma
 from .results import Recorder
@@ -222,6 +223,23 @@ def guided_sigmas(study: Study, levels: int) -> np.ndarray:
     """Noise levels [levels], evenly spaced in log sigma over the part of the sampler's range that is guided."""
     window = vp_time_to_sigma(torch.tensor([study.time_min, study.time_max], dtype=torch.float64)).tolist()
     return np.geomspace(max(window[0], study.sigma_min), min(window[1], study.sigma_max), levels)
+
+
+def guidance_norms(study: Study, guidance: Guidance, seeds) -> np.ndarray:
+    """Norm of what guidance adds to the denoised image at each Euler predictor, [steps, N], zero outside the window.
+
+    Follows the guided trajectories of these seeds in one batch; nothing is stored. Pixels span -1 to 1.
+    """
+    denoise, norms = jobs.make_denoiser(study.sampling, guidance), []
+
+    def watched(x, sigma, step, order):
+        denoised = denoise(x, sigma, step, order)
+        if order == 1:
+            norms.append(denoise.last_guidance.flatten(1).norm(dim=1).cpu().numpy())
+        return denoised
+
+    jobs.draw(study.sampling, watched, seeds, denoise.churn)
+    return np.stack(norms)
 
 
 def fault_gain(mean_logit) -> np.ndarray:

@@ -37,8 +37,8 @@ from .store import Store, provenance, write_file
 RUNS = 5
 # name -> score network, extractor, head's width, blocks and attention channels, images at once, steps
 SIZES = {
-    "Fashion-MNIST, small": ("fashion-mnist-edm", "fashion-mnist-adm", 32, 2, 32, 125, 6),
-    "CIFAR-10, small": ("cifar10-edm", "cifar10-adm", 32, 2, 32, 125, 6),
+    "Fashion-MNIST, small": ("fashion-mnist-edm", "fashion-mnist-adm", 16, 1, 16, 125, 6),
+    "CIFAR-10, small": ("cifar10-edm", "cifar10-adm", 32, 1, 32, 125, 6),
     "CIFAR-10, published": ("edm-cifar10-32x32-uncond-vp", "32x32_classifier", 128, 2, 64, 8, 3),
 }
 WEIGHT, TIME_MIN, TIME_MAX = 2.0, 0.01, 1.0
@@ -250,11 +250,6 @@ def _grow(count: int, steps: int) -> dict:
 
 
 # ---- the page ----------------------------------------------------------------------------
-
-
-def _table(title: str, text: str, heads: list[str], rows: list) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [heads, ["---"] * len(heads), *rows]]
-    return f"## {title}\n\n{text}\n\n" + "\n".join(lines) + "\n"
 
 
 TABLES = {  # part -> title, what it says, heads of the columns

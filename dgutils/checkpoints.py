@@ -92,7 +92,8 @@ def read_edm(path: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """
     holds = read_pickle(path)
     ema = holds.get("ema") if type(holds) is dict else None
-    unet = (ema.state.get("_modules") or {}).get("model") if type(ema) is Saved else None
+    modules = ema.state.get("_modules") if type(ema) is Saved else None
+    unet = modules.get("model") if type(modules) is dict else None
     if type(unet) is not Saved:
         raise UserError(f"{path} has no network under 'ema': it is not one of EDM's snapshots")
     if (ema.class_name, unet.class_name) != ("EDMPrecond", "SongUNet"):
@@ -108,9 +109,12 @@ def read_edm(path: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
              "other_entries": {k: getattr(v, "class_name", type(v).__name__) for k, v in holds.items() if k != "ema"}}
     try:
         json.dumps([config, about])
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:  # of lists that hold themselves, too
         raise UserError(f"{path}: its network's arguments are not plain numbers and text ({error})") from error
-    return config, state_dict(ema), about
+    try:
+        return config, state_dict(ema), about
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _converted(entry: weights.Published, path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -242,7 +242,7 @@ class _Trainee:
         self.history.append(row)
 
 
-def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, learn):
+def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, clock, learn):
     """One pass over images[order]: losses and accuracies [len(trainees), 2], in nats and as fractions.
 
     Every batch goes through the extractor once and then through each trainee's head.  Times have the training
@@ -258,23 +258,25 @@ def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_s
         x_vp = perturb(images[rows], vp_time, rng).to(device)
         label = torch.from_numpy(labels[rows]).to(device, torch.float32)
         with torch.no_grad(), autocast(device, precision):
-            features = extractor.features(x_vp, vp_time.to(device, torch.float32))
+            time = CLOCKS[clock](vp_time).to(device, torch.float32)
+            features = extractor.features(x_vp, time)
         for trainee, total in zip(trainees, totals, strict=True):
             seen = (vp_time >= trainee.config.min_time).nonzero()[:, 0]
             if learn:
                 seen = seen.repeat_interleave(torch.from_numpy(trainee.times[rows])[seen])
-            seen = seen.to(device)
             if len(seen) == 0:
                 continue
+            # All of them, in order: no copy, which would also forget the fast memory layout.
+            seen = slice(None) if torch.equal(seen, torch.arange(len(rows))) else seen.to(device)
             with torch.set_grad_enabled(learn), autocast(device, precision):
-                logit = trainee.head(features[seen], vp_time.to(device, torch.float32)[seen])[:, 0].float()
+                logit = trainee.head(features[seen], time[seen])[:, 0].float()
                 loss = F.binary_cross_entropy_with_logits(logit, label[seen])
             if learn:
                 trainee.optimizer.zero_grad()
                 loss.backward()
                 trainee.optimizer.step()
             correct = ((logit > 0) == (label[seen] > 0.5)).sum()
-            total += torch.stack([loss.detach() * len(seen), correct, correct.new_tensor(len(seen))])
+            total += torch.stack([loss.detach() * len(logit), correct, correct.new_tensor(len(logit))])
     return (totals[:, :2] / totals[:, 2:]).cpu().numpy()
 
 
@@ -283,7 +285,7 @@ def train_discriminators(
     batch_size: int, seed: int, precision: str = "float32", sequential: bool = False,
     progress: Callable[[str, dict], None] | None = None,
     checkpoint: Callable[[dict, dict], None] | None = None,
-    resume: tuple[dict, dict] | None = None, kept=(), resampling: str = "none",
+    resume: tuple[dict, dict] | None = None, kept=(), resampling: str = "none", clock: str = "linear",
 ) -> list[TrainedMember]:  # fmt: skip
     """Train independent heads by binary cross-entropy on noised images (Kim et al. 2023, eq. 6).
 
@@ -296,6 +298,7 @@ def train_discriminators(
     checkpoint(tensors, info) is called after every pass with flat CPU tensors and a JSON-able dict; `resume`
     is such a pair, and going on from it gives the same bits as never having stopped.
     kept: (member, epoch) pairs whose weights are kept. resampling: a name of RESAMPLINGS, which images members see.
+    clock: a name of CLOCKS, how the extractor, and hence the heads, read the VP time.
     Raises UserError for unbalanced data, fewer images than a batch, an unusable member, unknown names.
     """
     for images, labels in ((images_train, labels_train), (images_val, labels_val)):
@@ -346,11 +349,11 @@ def train_discriminators(
         rng = keyed_rng(seed, number, 0, TRAINING)
         train = _run_batches(
             extractor, now, images_train, labels_train, rng.permutation(len(images_train)),
-            min(trainee.config.min_time for trainee in now), rng, batch_size, precision, learn=True)
+            min(trainee.config.min_time for trainee in now), rng, batch_size, precision, clock, learn=True)
         val = _run_batches(
             extractor, now, images_val, labels_val, np.arange(len(images_val)),
             min(config.min_time for config in members), keyed_rng(seed, 0, 0, VALIDATION),
-            batch_size, precision, learn=False)
+            batch_size, precision, clock, learn=False)
         for trainee, train_scores, val_scores in zip(now, train.tolist(), val.tolist(), strict=True):
             row = {"epoch": epoch + 1, "train_loss": train_scores[0], "train_accuracy": train_scores[1],
                    "val_loss": val_scores[0], "val_accuracy": val_scores[1]}

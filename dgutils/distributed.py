@@ -7,6 +7,7 @@ order; what they make does not depend on how many they are, nor on who of them m
 A rank that dies takes its group along: torchrun starts all of them again, and what the store holds is found.
 """
 
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -81,6 +82,27 @@ class Group:
             self._talk(torch.distributed.all_reduce, flat)
             for tensor, total in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(total.view_as(tensor))
+
+    def sum_gradients(self, parameters: Iterable, parts: int, backward: Callable[[int], None]) -> None:
+        """Leave in each parameter the gradient that backward(0) ... backward(parts - 1) add up to, dealt to the ranks.
+
+        Each part is one rank's, and they are added in their order, so that the same bits come out however many ranks
+        there are. The optimiser's step after it is every rank's own.
+        """
+        import torch
+
+        parameters = list(parameters)
+        sizes = [parameter.numel() for parameter in parameters]
+        table = parameters[0].new_zeros(parts, sum(sizes))
+        for part in range(parts)[self.slice(parts)]:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            backward(part)
+            torch.cat([parameter.grad.reshape(-1) for parameter in parameters], out=table[part])
+        self.sum(table)  # zeros of all ranks but one: nothing is rounded here
+        total = functools.reduce(torch.add, table)
+        for parameter, gradient in zip(parameters, total.split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
 
     def agree(self, value: bool = False) -> bool:
         """What rank 0 said; the others wait for it."""
@@ -272,10 +294,12 @@ def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTAR
 def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) -> None:
     """Fill the store of a profile with what its notebooks will ask for, in one process or as one of many ranks.
 
-    In order: the fake set and the training, the arms of the notebooks, their features, their scores.
+    In order: the images that discriminators learn from, the trainings, the arms of the notebooks, their features,
+    their scores. Images and features are dealt in shards; of trainings and scores each is one rank's.
     """
     with reporting(), join(timeout) as ranks:
         from . import datasets, jobs, notebooks
+        from .store import Artifact
         from .study import Study
 
         study = Study.from_parameters(values := notebooks.every_parameter(profile, overrides))
@@ -284,6 +308,15 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
         with ranks.first():  # who comes first may have to download
             for split in ("train", "test"):
                 datasets.load_dataset(study.dataset, split)
+        study.learnt()
+        dry = Study.from_parameters(values)
+        dry.__dict__["store"] = jobs.open_store(profile, dry=True)
+        dry.scored(values)
+        trainings = {what.digest: (what, make) for what, make in dry.store.asked if isinstance(what, Artifact)}
+        for _, (artifact, make) in ranks.deal(list(trainings.values())):
+            with alone():
+                artifact.obtain(make)
+        ranks.barrier()
         scored = study.scored(values)
         for images, space in scored:
             jobs.features(study.store, images, space)

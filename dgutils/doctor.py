@@ -174,7 +174,8 @@ def check_published(profile, values):
                      f"move them out of {weights_dir()}; then: make fetch PROFILE={profile}")
     if absent:
         raise Absent(f"{', '.join(entry.published.name for entry in absent)}: not in {weights_dir()}",
-                     f"make fetch PROFILE={profile} ({sum(entry.bytes for entry in absent) / 1e6:,.0f} MB)")
+                     f"make fetch PROFILE={profile} ({sum(entry.bytes for entry in absent) / 1e6:,.0f} MB); "
+                     "`make rehearse` runs without them, on random ones")
     standins = ": RANDOM stand-ins, for a rehearsal only" if found and is_rehearsal() else ""
     names = ", ".join(f"{entry.published.name} ({entry.state})" for entry in found)
     return names + standins or "the profile uses none"

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from . import checkpoints, datasets, distributed, metrics
 from .adm import EncoderUNet
-from .discriminator import Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
+from .discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
 from .errors import UserError
 from .guidance import GuidedDenoiser
-from .noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
+from .noise import PerSampleNoise, class_labels, vp_sigmas
 from .paths import runs_dir
-from .sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fit_sigmas, network_denoiser
+from .sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
 from .store import Artifact, ShardedSet, Store, digest_of_json, log_line
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
@@ -179,17 +179,22 @@ def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()
                           labels if ensemble.conditional else None)  # fmt: skip
 
 
-def sample(sampling: Sampling, seeds, guidance: Guidance | None = None) -> torch.Tensor:
-    """Images of these seeds, [N, C, H, W] in [-1, 1], in one batch. Nothing is stored."""
-    denoise = make_denoiser(sampling, guidance, seeds)
+def draw(sampling: Sampling, denoise, seeds, churn=None) -> torch.Tensor:
+    """Images of these seeds, [N, C, H, W] in [-1, 1], in one batch, by any denoiser of the sampler's kind."""
     network = checkpoints.load_denoiser(sampling.score_network)
     noise = PerSampleNoise(seeds, network.shape, device())
     if sampling.sampler == "ancestral":
         return ancestral_sampler(denoise, noise, vp_sigmas(sampling.num_steps))
-    sigmas = karras_sigmas(sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
-    return edm_sampler(denoise, noise, fit_sigmas(sigmas, network), sampling.s_churn, sampling.s_min,
+    sigmas = fitted_sigmas(network, sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+    return edm_sampler(denoise, noise, sigmas, sampling.s_churn, sampling.s_min,
                        math.inf if sampling.s_max is None else sampling.s_max, sampling.s_noise,
-                       denoise.churn if guidance else None, network.round_sigma)  # fmt: skip
+                       churn, network.round_sigma)  # fmt: skip
+
+
+def sample(sampling: Sampling, seeds, guidance: Guidance | None = None) -> torch.Tensor:
+    """Images of these seeds, [N, C, H, W] in [-1, 1], in one batch. Nothing is stored."""
+    denoise = make_denoiser(sampling, guidance, seeds)
+    return draw(sampling, denoise, seeds, denoise.churn if guidance else None)
 
 
 def generate(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guidance: Guidance | None = None,
@@ -316,7 +321,8 @@ class Trained:
                 head.load_state_dict({k.removeprefix(prefix): v for k, v in self._tensors.items()
                                       if k.startswith(prefix)})  # fmt: skip
             heads.append(head)
-        return Ensemble(checkpoints.load_feature_extractor(self.config.feature_extractor), heads, rule)
+        extractor = self.config.feature_extractor
+        return Ensemble(checkpoints.load_feature_extractor(extractor), heads, rule, checkpoints.clock(extractor))
 
     @cached_property
     def test_split(self) -> Split:
@@ -337,7 +343,8 @@ class Joint:
     def ensemble(self, members, rule: str, state: str) -> Ensemble:
         """Member m is the first of training m."""
         heads = [self.parts[m].ensemble((0,), rule, state).heads[0] for m in members]
-        return Ensemble(checkpoints.load_feature_extractor(self.parts[0].config.feature_extractor), heads, rule)
+        extractor = self.parts[0].config.feature_extractor
+        return Ensemble(checkpoints.load_feature_extractor(extractor), heads, rule, checkpoints.clock(extractor))
 
 
 def splits(training: Training, fakes: ImageSet, better: ImageSet | None = None) -> list[Split]:
@@ -383,7 +390,8 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
         learn, validate, _ = splits(training, fakes, better)
         extractor = checkpoints.load_feature_extractor(training.feature_extractor).to(device())
         done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
-        with tqdm(total=sum(m.epochs for m in training.members), initial=done, desc=label, unit=" epochs") as bar:
+        with tqdm(total=sum(m.epochs for m in training.members), initial=done, desc=label, unit=" epochs",
+                  disable=not distributed.group().main) as bar:
 
             def progress(name, row):
                 bar.set_postfix_str(f"{name} {row['val_loss']:.3f}")
@@ -393,6 +401,7 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
                 extractor, training.head, learn.images, learn.labels, validate.images, validate.labels,
                 training.members, training.batch_size, training.seed, training.precision, training.sequential,
                 progress, checkpoint, resume, training.kept, training.resampling,
+                checkpoints.clock(training.feature_extractor),
             )  # fmt: skip
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
                   for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
@@ -458,9 +467,10 @@ class RealSet:
 def _extractor_features(name: str):
     """The frozen extractor's features of clean images, averaged over positions: [B, F]."""
     extractor = checkpoints.load_feature_extractor(name).to(device())
+    now = CLOCKS[checkpoints.clock(name)](torch.zeros(()))
 
     def encode(x):
-        return extractor.features(x, torch.zeros(len(x), device=x.device)).mean((2, 3))
+        return extractor.features(x, now).mean((2, 3))
 
     return encode
 

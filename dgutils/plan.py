@@ -22,7 +22,7 @@ from .guidance import grad_log_density_ratio
 from .jobs import ImageSet, RealSet
 from .noise import karras_sigmas, sigma_to_vp_time
 from .sampler import network_denoiser, nfe
-from .store import Artifact, provenance
+from .store import Artifact, ShardedSet, provenance
 from .study import Study
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
@@ -105,9 +105,9 @@ def steps(parameters: dict) -> list[Step]:
         sets.setdefault(key, {}).setdefault(arm.n, arm)
         spaces.setdefault(arm.digest, []).append(space)
     learnt = {rows.artifact.digest: ImageSet(rows.artifact.label, n, rows)
-              for rows, n in (asked for asked in store.asked if isinstance(asked, tuple))
-              if (rows.artifact.digest, rows.first_seed) not in sets}  # fmt: skip
-    trainings = {asked.digest: asked for asked in store.asked if isinstance(asked, Artifact)}
+              for rows, n in store.asked if isinstance(rows, ShardedSet)
+              and (rows.artifact.digest, rows.first_seed) not in sets}  # fmt: skip
+    trainings = {what.digest: what for what, _ in store.asked if isinstance(what, Artifact)}
     return [*(_images(study, [fakes], {}) for fakes in learnt.values()), *map(_training, trainings.values()),
             *(_images(study, list(arms.values()), spaces) for arms in sets.values())]  # fmt: skip
 
@@ -115,15 +115,25 @@ def steps(parameters: dict) -> list[Step]:
 # ---- how fast is this machine ------------------------------------------------------------
 
 
-def _seconds(call, images: int) -> float:
-    """Seconds an image of a call on `images` of them: the least of a few, after one to warm up."""
-    call()
-    taken, until = [], time.perf_counter() + 3
-    while len(taken) < 2 or time.perf_counter() < until:
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return min(taken) / images
+def _timed(call, n: int) -> float:
+    """Seconds of call(n), waiting for an accelerator to finish it."""
+    start = time.perf_counter()
+    call(n)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _seconds(call, most: int, n: int = 1) -> float:
+    """Seconds an image of call(n), which works on n images at once: the better of two calls, after one to warm up.
+
+    n doubles up to `most` while a call takes less than half a second: of a large network on a CPU few images are
+    enough, an accelerator wants its whole batch.
+    """
+    _timed(call, n)
+    while (taken := min(_timed(call, n) for _ in range(2))) < 0.5 and n < most:
+        n = min(2 * n, most)
+    return taken / n
 
 
 def _network(name: str, load, architecture):
@@ -131,7 +141,8 @@ def _network(name: str, load, architecture):
     try:
         return load(name)
     except UserError:
-        return architecture(**checkpoints.network_config(name)).eval().requires_grad_(False)
+        network = architecture(**checkpoints.network_config(name)).eval().requires_grad_(False)
+        return network.to(memory_format=torch.channels_last)  # as checkpoints loads them
 
 
 def rates(study: Study) -> dict[str, float]:
@@ -140,30 +151,33 @@ def rates(study: Study) -> dict[str, float]:
     denoiser = _network(study.score_network, checkpoints.load_denoiser, Denoiser).to(device)
     extractor = _network(study.feature_extractor, checkpoints.load_feature_extractor, EncoderUNet).to(device)
     head = jobs.head_config(study.feature_extractor, study.head_width, study.head_blocks, study.head_channels)
-    size = study.batch_size if device.type == "cuda" else min(study.batch_size, 32)
+    size = study.batch_size
     x = torch.zeros(size, *denoiser.shape, dtype=torch.float64, device=device)
     sigma, denoise = torch.ones(size, dtype=torch.float64, device=device), network_denoiser(denoiser, precision)
 
     def gradient(members):
         heads = [init_head(head, 0, m) for m in range(members)]
         ensemble = Ensemble(extractor, heads, "mean_logit").to(device)
-        return _seconds(lambda: grad_log_density_ratio(ensemble, x, sigma, precision), size)
+        return _seconds(lambda n: grad_log_density_ratio(ensemble, x[:n], sigma[:n], precision), size)
 
     batch = study.discriminator_batch_size
     pixels = np.zeros((2 * batch, *denoiser.shape[1:], denoiser.shape[0]), np.uint8)
-    labels, member = np.tile([0, 1], batch), study.training().members[:1]
-    member = [replace(member[0], epochs=1)]
-    training = _seconds(lambda: train_discriminators(extractor, head, pixels, labels, pixels[:2], labels[:2], member,
-                                                     batch, 0, precision), 2 * batch)  # fmt: skip
-    return {"score": _seconds(lambda: denoise(x, sigma, 0, 1), size), "gradient": gradient(1),
-            "gradients": gradient(len(study.member_names)), "train": training}  # fmt: skip
+    labels, member = np.tile([0, 1], batch), [replace(study.training().members[0], epochs=1)]
+
+    def train(pairs):
+        train_discriminators(extractor, head, pixels[: 2 * pairs], labels[: 2 * pairs], pixels[:2], labels[:2], member,
+                             min(2 * pairs, batch), 0, precision)  # fmt: skip
+
+    return {"score": _seconds(lambda n: denoise(x[:n], sigma[:n], 0, 1), size), "gradient": gradient(1),
+            "gradients": gradient(len(study.member_names)),
+            "train": _seconds(train, batch, min(4, batch)) / 2}  # fmt: skip
 
 
 def _feature_rate(space: str, shape) -> float | None:
     channels, height, width = shape
-    images = np.zeros((16, height, width, channels), np.uint8)
+    images = np.zeros((256, height, width, channels), np.uint8)
     try:
-        return _seconds(lambda: jobs.encode(images, space), len(images))
+        return _seconds(lambda n: jobs.encode(images[:n], space), len(images))
     except UserError:
         return None  # its file is absent
 
@@ -199,23 +213,23 @@ def show(profile: str) -> None:
         print(f"  {file.published.file:<36} {file.bytes / 1e6:8.1f} MB  {file.state}")
     if not files:
         print("  none to download: the networks ship with the repository")
-    if any(file.state == "absent" for file in files):
-        print(f"  get them with: make fetch PROFILE={profile}")
-    print(f"\n{'Steps':<46} {'images':>9} {'score evals':>13} {'gradients':>11} {'features':>9} {'time':>8}")
+    if absent := [file.bytes for file in files if file.state == "absent"]:
+        print(f"  get these {sum(absent) / 1e6:,.0f} MB with: make fetch PROFILE={profile}")
+    print(f"\n{'Steps':<68} {'images':>9} {'score evals':>13} {'gradients':>11} {'features':>9} {'time':>8}")
     total, unknown = 0.0, False
     for step in listed:
         seconds = sum(getattr(step, kind) * rate[kind] for kind in rate)
         seconds += sum(count * (by_space[space] or 0) for space, count in step.features.items())
         unknown |= any(by_space[space] is None for space in step.features)
         total += seconds
-        what = textwrap.shorten(step.label, 40, placeholder=" ...")
-        print(f"{'MISS' if step.missing else 'HIT':<5}{what:<41} {counted(step.n):>9} {counted(step.score):>13} "
+        what = textwrap.shorten(step.label, 62, placeholder=" ...")
+        print(f"{'MISS' if step.missing else 'HIT':<5}{what:<63} {counted(step.n):>9} {counted(step.score):>13} "
               f"{counted(step.gradient + step.gradients):>11} {counted(sum(step.features.values())):>9} "
               f"{duration(seconds) if step.missing else '':>8}  {'; '.join(step.missing)}".rstrip())  # fmt: skip
     sums = {name: sum(getattr(step, name) for step in listed) for name in ("score", "gradient", "gradients", "disk")}
-    speeds = [f"{1 / rate['score']:.1f} score evaluations/s", f"{1 / rate['gradient']:.1f} gradients/s by one "
-              f"discriminator, {1 / rate['gradients']:.1f} by {len(study.member_names)}",
-              f"{1 / rate['train']:.0f} images/s through one head in training"]  # fmt: skip
+    speeds = [f"{1 / rate['score']:.3g} score evaluations/s", f"{1 / rate['gradient']:.3g} gradients/s by one "
+              f"discriminator, {1 / rate['gradients']:.3g} by {len(study.member_names)}",
+              f"{1 / rate['train']:.3g} images/s through one head in training"]  # fmt: skip
     print(f"\nIn all: {sums['score']:,} score network evaluations, {sums['gradient'] + sums['gradients']:,} gradients "
           f"of log r, {sums['disk'] / 1e9:.2f} GB of disk, about {duration(total)} on {provenance()['device']},\n"
           f"computing the scores from the features not counted{MISSING if unknown else ''}.\n"

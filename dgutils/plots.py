@@ -6,6 +6,7 @@ has a line style, a marker or a hatch of its own.
 
 import io
 import math
+import textwrap
 
 import matplotlib as mpl
 import numpy as np
@@ -168,13 +169,16 @@ def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
     changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most, in.
     """
     down = -(-len(changes) // 2)
-    height = min(height, down * (0.6 + 0.14 * len(groups)))
+    names = {arm: "\n".join(textwrap.wrap(arm, 45)) for arm in groups}  # no wider than what they name
+    lines = sum(name.count("\n") + 1 for name in names.values())
+    height = min(height, down * (0.6 + 0.12 * lines))
     fig, axes = panels(down, min(2, len(changes)), height, sharey=True, squeeze=False)
     for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
         for row, (arm, interval) in enumerate(arms.items()):
             _interval(ax, interval.value, row, interval, groups[arm], horizontal=True)
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        ax.set(yticks=range(len(arms)), yticklabels=list(arms), ylim=(len(arms) - 0.5, -0.5))
+        ax.set(yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
+        ax.set_yticklabels([names[arm] for arm in arms], linespacing=0.9)
         ax.set_xlabel(label, linespacing=1)
         typical = float(np.median([max(abs(i.low), abs(i.high)) for i in arms.values()]))
         largest = max(abs(i.high) for i in arms.values())
@@ -255,7 +259,7 @@ def gradient_likeness(sigmas, pairs, to_mean, matrix, names, height: float = 2.5
     return fig
 
 
-def fault(sigmas, silent: dict, strength: dict, height: float = 2.1) -> Figure:
+def fault(sigmas, silent: dict, strength: dict, height: float = 1.85) -> Figure:
     """The raw-logit fault by noise level: share of images without guidance [L], and guidance norms [L, N].
 
     A norm that is NaN counts as absent, since zero has no place on a logarithmic axis.
@@ -270,6 +274,18 @@ def fault(sigmas, silent: dict, strength: dict, height: float = 2.1) -> Figure:
     right.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$",
               ylabel=r"norm of $w\,\sigma^2\,\nabla_x \log r$")  # fmt: skip
     _legend_above(right)
+    return fig
+
+
+def norms_by_step(sigmas, norms: dict, window, height: float = 2.2) -> Figure:
+    """Along the trajectory: norm of what guidance adds, name -> [steps, N]; window: its lowest and highest sigma."""
+    fig, ax = panels(1, 1, height)
+    ax.axvspan(*window, color="0.92", lw=0)
+    for index, (label, values) in enumerate(norms.items()):
+        _band(ax, sigmas, np.where(values > 0, values, np.nan), index, label)
+    ax.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", ylabel=r"norm of $w\,\sigma^2\,\nabla_x \log r$")
+    ax.set_xlim(max(sigmas) * 1.6, min(sigmas) / 1.6)  # as the sampler goes: from noise to image
+    _legend_above(ax)
     return fig
 
 

@@ -86,6 +86,21 @@ def _learning_rate(step, total, recipe, first_step=0):
     return recipe["learning_rate"] * warm_up * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
+def _decay_begins(recipe):
+    """The step at which the learning rate begins to fall."""
+    return (recipe["images"] - recipe["decay_images"]) // recipe["batch_size"]
+
+
+def _same_course(old, new, step):
+    """Do two recipes mean the same first `step` steps? The plateau leaves open how long it will last."""
+    def rest(recipe):
+        training = {k: v for k, v in recipe["training"].items() if k not in ("images", "decay_images")}
+        return recipe | {"training": training}
+
+    begins = min(_decay_begins(recipe["training"]) for recipe in (old, new))
+    return old == new or (rest(old) == rest(new) and step <= begins)
+
+
 def _ema_decay(step, recipe):
     """EDM's EMA: a half-life in images, shorter while few images have been seen (ramp-up 5 %)."""
     seen = (step + 1) * recipe["batch_size"]
@@ -137,8 +152,9 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     shipped = ASSETS / f"{name}.safetensors"
     if checkpoint.is_file():
         progress = _restore(checkpoint, model, ema, optimizer)
-        if progress["recipe"] != recipe:
+        if not _same_course(progress["recipe"], recipe, progress["step"]):
             raise UserError(f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
+        progress["recipe"] = recipe
     elif shipped.is_file() and not (card := model_card(name))["finished"]:
         weights = {key: value.float() for key, value in read_tensors(shipped)[0].items()}
         model.load_state_dict(weights)

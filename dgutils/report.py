@@ -13,6 +13,7 @@ from .errors import UserError
 from .paths import repo_root
 from .results import (
     Results,
+    causes,
     format_interval,
     format_number,
     format_value,
@@ -42,6 +43,9 @@ def numbers(results: Results) -> dict[tuple[str, str], str]:
             ("interval", key): format_interval(record, latex=True),
             ("count", key): f"{record['n']:,}" if record.get("n") else "",
         }  # fmt: skip
+    for slot, words in spaces(results).items():
+        found |= {("space", slot): words, ("body", f"per_training.{slot}"): per_training(results, slot)}
+        found |= {("cause", f"{kind}.{slot}"): text for kind, text in causes(results, slot, latex=True).items()}
     for name in results.tables:
         found |= table(results, name)
     names = [*results.records, *(f"figure:{name}" for name in results.figures),
@@ -50,6 +54,23 @@ def numbers(results: Results) -> dict[tuple[str, str], str]:
         about = trace.origin(results, key)
         found |= {("mark", key): mark(about), ("entry", key): entry(about)}
     return {place: text for place, text in found.items() if text}
+
+
+def dataset(results: Results) -> str:
+    """The data set's name as its authors write it."""
+    name = str(results.records.get("settings.dataset", {}).get("value", ""))
+    return {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}.get(name) or latex_escape(name)
+
+
+def spaces(results: Results) -> dict[str, str]:
+    """The feature spaces in words, by the names that records have for them: first, second."""
+    settings = [results.records.get(f"settings.{name}", {}).get("value") for name in
+                ("feature_extractor", "feature_spaces")]  # fmt: skip
+    extractor, names = settings[0], str(settings[1] or "").split(", ")
+    words = {extractor: "the discriminators' own features", "inception": "Inception features"}
+    return {slot: words.get(name) or ("EfficientNet features" if name.startswith("efficientnet") else
+                                      latex_escape(f"{name} features"))
+            for slot, name in zip(("first", "second"), names, strict=False) if name}  # fmt: skip
 
 
 def table(results: Results, name: str) -> dict[tuple[str, str], str]:
@@ -85,6 +106,20 @@ def computing(results: Results) -> str:
             steps.setdefault(entry["step"], []).append(entry["seconds"])
     rows = [(step, f"{len(times):,}", trace.duration(sum(times))) for step, times in sorted(steps.items())]
     return tabular(["Step", "Artifacts", "Time"], rows)
+
+
+def per_training(results: Results, slot: str) -> str:
+    """The key arms' change of KID against unguided in each training, and their mean; '' if they were not recorded."""
+    arms = {"paper": "One discriminator", "correct": "Correct ensemble", "as_run": "The study's ensemble"}
+    keys = [f"trainings.{arm}.{slot}.kid_change" for arm in arms]
+    count = 1
+    while all(f"{key}.training{count}" in results.records for key in keys):
+        count += 1
+    lines = [(str(i), *(format_number(results[f"{key}.training{i}"]) for key in keys)) for i in range(1, count)]
+    means = [("mean", *(format_value(results[key]) for key in keys))] if lines else []
+    if not lines:
+        return ""
+    return re.sub(r"(?<=[ \[])-(?=\d)", r"\\ensuremath{-}", tabular(["Training", *arms.values()], lines + means))
 
 
 def parity(path: Path) -> str:
@@ -145,6 +180,7 @@ def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | st
     stale = trace.stale(results)
     lines = ["% Written by dgutils/report.py from the results of one profile; edits are lost.",
              rf"\def\dgprofile{{{latex_escape(profile)}}}",
+             rf"\def\dgdataset{{{dataset(results)}}}",
              rf"\def\dgwatermark{{{latex_escape(results.watermark)}}}",
              r"\def\dgstale{" + "".join(rf"\item {latex_escape(line)}" for line in stale) + "}",
              *(rf"\dg@set{{{what}}}{{{key}}}{{{text}}}" for (what, key), text in sorted(numbers(results).items())), ""]

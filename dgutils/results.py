@@ -240,6 +240,38 @@ def published(path: Path | str = PUBLISHED) -> dict[str, dict]:
     return records
 
 
+# --- why the ensemble failed
+
+
+def causes(results: Results, slot: str, latex: bool = False) -> dict[str, str]:
+    """What a ladder says of its faults in a feature space, in words, by the rules that notebook 05 sets.
+
+    "alone": each fault, added alone to the correct ensemble, with its change of KID. "sufficient": those that make
+    KID worse than unguided. "carries": the fault whose mending, in the company of those below it, lowers KID most,
+    with the step. {} for a profile without a ladder.
+    """
+    names, records = trace.constants("study")["FAULTS"], results.records
+    faults = str(records["settings.ladder"]["value"]).split(", ") if "settings.ladder" in records else []
+    rungs = [*(f"without_{fault}" for fault in faults[:-1]), "correct"]
+    steps = {fault: records.get(f"ladder.{rung}.step.{slot}.kid_change")
+             for fault, rung in zip(faults, rungs, strict=False)}  # fmt: skip
+    if not steps or None in steps.values():
+        return {}
+
+    def told(fault, key=None):
+        name = latex_escape(names[fault]) if latex else names[fault]
+        return f"{name} ({format_value(results[key], latex)})" if key else name
+
+    sufficient = [told(fault) for fault in faults
+                  if results[f"ladder.only_{fault}.{slot}.kid_direction"]["value"] == "higher than"]
+    most = min(steps, key=lambda fault: steps[fault]["value"])
+    rung = rungs[faults.index(most)]
+    lowers = results[f"ladder.{rung}.step.{slot}.kid_direction"]["value"] == "lower than"
+    return {"alone": "; ".join(told(fault, f"ladder.only_{fault}.step.{slot}.kid_change") for fault in faults),
+            "sufficient": "; ".join(sufficient) or "none",
+            "carries": told(most, f"ladder.{rung}.step.{slot}.kid_change") if lowers else "none"}  # fmt: skip
+
+
 # --- printing
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .errors import UserError
-from .noise import PerSampleNoise
+from .noise import PerSampleNoise, karras_sigmas
 
 # A churn of each image: S_churn [N] and S_noise [N].
 Churn = tuple[torch.Tensor, torch.Tensor]
@@ -56,10 +56,10 @@ def classifier_free_denoiser(conditional: Denoise, unconditional: Denoise, weigh
     return denoise
 
 
-def fit_sigmas(sigmas: torch.Tensor, network) -> torch.Tensor:
-    """The steps' noise levels as `network` supports them: within [sigma_min, sigma_max], rounded; the final 0 stays."""
-    inside = sigmas[:-1].clamp(network.sigma_min, network.sigma_max)
-    return torch.cat([network.round_sigma(inside), sigmas[-1:]])
+def fitted_sigmas(network, num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> torch.Tensor:
+    """`karras_sigmas` between the noise levels that `network` knows, on its grid of them; the final 0 stays."""
+    ramp = karras_sigmas(num_steps, max(sigma_min, network.sigma_min), min(sigma_max, network.sigma_max), rho)
+    return torch.cat([network.round_sigma(ramp[:-1]), ramp[-1:]])
 
 
 class NotFinite(Exception):

@@ -14,7 +14,8 @@ from pygments.formatters import HtmlFormatter
 
 from .errors import UserError
 from .paths import figures_dir, repo_root, runs_dir
-from .results import SUMMARY, Results, load_results, write_if_changed
+from .report import spaces
+from .results import SUMMARY, Results, causes, load_results, write_if_changed
 from .trace import revision, stale
 
 STYLE = """
@@ -61,17 +62,18 @@ def notebook_page(path: Path, profile: str) -> tuple[str, str]:
     return title, page(title, with_math(body), profile, HtmlFormatter().get_style_defs(".highlight"))
 
 
-def captions(report: Path) -> dict[str, str]:
-    r"""The figures of the report, in its order: \dgfigure's name -> caption as HTML."""
+def captions(report: Path, words: dict[str, str] | None = None) -> dict[str, str]:
+    r"""The figures of the report, in its order: \dgfigure's name -> caption as HTML. words: report.spaces."""
     main = (report / "main.tex").read_text(encoding="utf-8")
     names = re.findall(r"\\input\{(sections/\w+)\}", main)
     texts = [(report / f"{name}.tex").read_text(encoding="utf-8") for name in names]
     found = re.findall(r"\\dgfigure\{(\w+)\}.*?\\caption\{(.*?)\}\s*\\label", "\n".join(texts), re.DOTALL)
-    return {name: with_math(prose(caption)) for name, caption in found}
+    return {name: with_math(prose(caption, words or {})) for name, caption in found}
 
 
-def prose(latex: str) -> str:
+def prose(latex: str, words: dict[str, str]) -> str:
     """A caption's LaTeX as HTML: its commands go, and leave their argument if it is text; formulas stay."""
+    latex = re.sub(r"\\dgspace\{(\w+)\}", lambda match: words.get(match[1], f"the {match[1]} feature space"), latex)
     latex = re.sub(r"\s*\([^()]*\\ref\{[^}]*\}[^()]*\)", "", latex).replace(r"\%", "%").replace(r"\,", " ")
     return html.escape(re.sub(r"\\(?:emph|given|texttt)\{([^{}]*)\}", r"\1", latex), quote=False)
 
@@ -98,17 +100,22 @@ def build(profile: str) -> Path:
         write_if_changed(site / f"{path.stem}.html", text)
         links.append(f'<li><a href="{path.stem}.html">{html.escape(title)}</a></li>')
     figures = []
-    for name, caption in captions(repo_root() / "report").items():
+    for name, caption in captions(repo_root() / "report", spaces(results)).items():
         if (picture := figures_dir(profile) / f"{name}.png").is_file():
             shutil.copy(picture, site / "figures")
             figures.append(f'<figure><img src="figures/{name}.png" alt="{name}"><figcaption>{caption} '
                            f'<a href="{results.figures[name]["notebook"]}.html">{name}</a></figcaption></figure>')
     notes = [f"Profile {results.watermark}: a demonstration."] if results.watermark else []
-    tables = [name for name in ("ledger", *SUMMARY) if name in results.tables]
+    tables = [name for name in ("ledger", *SUMMARY, "ladder", "trainings") if name in results.tables]
+    why = [f"<p>By KID in {html.escape(words)}, of its faults those that alone make guidance worse than none are: "
+           f"{html.escape(found['sufficient'])}. Mending most, in the company of the others: "
+           f"{html.escape(found['carries'])}.</p>"
+           for slot, words in spaces(results).items() if (found := causes(results, slot))]
     run = next(iter(results.runs.values()))
     body = "\n".join([
         "<h1>Discriminator guidance, reproduced</h1>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes + [f"Stale: {line}" for line in stale(results)]),
+        *(["<h2>Why the study's ensemble failed</h2>"] if why else []), *why,
         "<h2>Results</h2>", *(table(results, name) for name in tables),
         "<h2>Notebooks</h2>", "<ol>", *links, "</ol>", "<h2>Figures of the report</h2>", *figures,
         f"<footer>{run['date'][:10]}, code {revision(run)}, {html.escape(run['device'])}</footer>"])  # fmt: skip

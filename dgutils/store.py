@@ -201,7 +201,8 @@ def log_line(line: str) -> None:
 class Store:
     """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines.
 
-    A `dry` store makes nothing, and remembers in `asked` what it would have: artifacts, and (set, number of rows).
+    A `dry` store makes nothing, and remembers in `asked` what it would have: (artifact, how to make it), and
+    (set, number of rows).
     """
     root: Path | str
     log: Callable[[str], None] = log_line
@@ -329,7 +330,7 @@ class Artifact:
             status = self.status()
             self.say(status)
             if self.store.dry:
-                self.store.asked.append(self)
+                self.store.asked.append((self, make))
             elif not status.hit:
                 self.obtain(make)
         return self

@@ -50,6 +50,7 @@ VARIANTS = {
     "bootstrap": "members on bootstrap samples",
     "disjoint": "members on disjoint parts of the data",
     "best": "members at their least held-out loss",
+    "long": "members trained as long as the one network had been",
     "worse": "generated against worse generated images",
     "tasks": "real against generated, and generated against worse",
 }
@@ -348,6 +349,8 @@ class Study:
             if name in ("bootstrap", "disjoint"):
                 trained = train(self.store, replace(self.training(), resampling=name), self.fakes, VARIANTS[name])
                 guidance = self.guidance(self.everyone, "mean_probability", discriminators=trained)
+            elif name == "long":
+                guidance = self.guidance(self.everyone, "mean_probability", discriminators=self.long_trained)
             elif name == "best":
                 guidance = self.guidance(self.everyone, "mean_probability", state="best")
             elif name in ("worse", "tasks"):
@@ -360,13 +363,33 @@ class Study:
         return arms
 
     @cached_property
+    def long_trained(self) -> Trained:
+        """Independent members, each trained for as many epochs as the one network had been at that member's turn.
+
+        The sequence's members have two things that the correct ones lack: a common past, and a longer one. These
+        have the length alone; the longest of them are where overfitting is to be looked for.
+        """
+        training, total = self.training(), 0
+        members = [replace(m, epochs=(total := total + m.epochs)) for m in training.members]
+        training = replace(training, members=tuple(members), kept=())
+        return train(self.store, training, self.fakes, VARIANTS["long"])
+
+    @cached_property
+    def worse_fakes(self) -> ImageSet:
+        """As many images as `fakes`, of the same seeds, by the worse sampler: worse_steps steps."""
+        return generate(self.store, replace(self.sampling, num_steps=self.worse_steps), self.num_fake, self.fake_seed,
+                        label=f"fake set of {self.worse_steps} steps")  # fmt: skip
+
+    @cached_property
     def worse_trained(self) -> Trained:
-        """The first member's settings, trained to tell `fakes` (label 1) from images of fewer steps (label 0)."""
-        worse = generate(self.store, replace(self.sampling, num_steps=self.worse_steps), self.num_fake, self.fake_seed,
-                         label=f"fake set of {self.worse_steps} steps")  # fmt: skip
+        """The first member's settings, trained to tell `fakes` (label 1) from `worse_fakes` (label 0)."""
         training = self.training()
         training = replace(training, members=training.members[:1], kept=())
-        return train(self.store, training, worse, "generated against worse", better=self.fakes)
+        return train(self.store, training, self.worse_fakes, "generated against worse", better=self.fakes)
+
+    def learnt(self) -> list[ImageSet]:
+        """All generated images that discriminators learn from, drawn or found."""
+        return [self.fakes] + [self.worse_fakes] * bool({"worse", "tasks"} & set(self.variants))
 
     # ---- scores
 

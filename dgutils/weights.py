@@ -255,6 +255,15 @@ def _from_drive(entry: Published, partial: Path) -> None:
     gdown.download(id=ids[0], output=str(partial), resume=True, use_cookies=False, retries=3)
 
 
+def _reason(error: Exception) -> str:
+    """Why a file was not fetched, on one line: the system's own words, if it is the system that refused first."""
+    first = error
+    while first.__context__:
+        first = first.__context__
+    words = first.strerror if isinstance(first, OSError) and first.strerror else error
+    return " ".join(str(words).split())[:200]
+
+
 def fetch(names: Iterable[str], open_url: Callable = _open) -> None:
     """Bring the named files into the weights folder: https only, resumed, verified, renamed when whole.
 
@@ -279,9 +288,8 @@ def fetch(names: Iterable[str], open_url: Callable = _open) -> None:
         except UserError:
             raise
         except Exception as error:  # urllib's, gdown's and requests' are a dozen types; all mean: not fetched
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"cannot fetch {entry.file} ({reason}): run the same command again to go on, or download "
-                            f"it by hand from {entry.url} to {entry.path}") from error
+            raise UserError(f"cannot fetch {entry.file} ({_reason(error)}): run the same command again to go on, or "
+                            f"download it by hand from {entry.url} to {entry.path}") from error
         if difference:
             partial.unlink()
             raise UserError(f"what {entry.url} sent for {entry.file} {difference}, and was deleted: try again; if the "

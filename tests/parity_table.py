@@ -20,8 +20,11 @@ say which revision; the tests do not need it. A test fails far below the 1e-5 th
 
 The published weights themselves could not be compared: they were never on the machine that this was developed on.
 What is compared is every option that they use, on small networks with random weights; the full-size networks are
-compared by the number of their parameters and by the names and shapes of all of them, and run once
-(`tests/test_parity_networks.py`, which has the counts: 55.7 M for EDM's CIFAR-10 network).
+compared by the number of their parameters and by the names and shapes of all of them, and run once:
+
+| published network | parameters, equal to the reference's |
+|---|---|
+{counts}
 
 One thing is deliberately not equal: the released code computes importance-sampled times in float32, where
 1 - exp(-1e-6) keeps five digits or fewer; its smallest times are off by up to {released:.0%} of themselves. Ours
@@ -63,6 +66,8 @@ if __name__ == "__main__":
     released = np.abs(reference["times_1e-05_float32"] / reference["times_1e-05"] - 1).max()
     rows = [f"| {WORDS[test]} | {case} | {value:.0e} | {limits.get(test, sampling.TOLERANCE):.0e} |"
             for test, case, value in collect.rows]  # fmt: skip
-    text = HEAD.format(torch=torch.__version__.partition("+")[0], released=released) + "\n".join(rows) + "\n"
+    counts = "\n".join(f"| {name} | {count:,} |" for name, (count, _) in networks.PUBLISHED.items())
+    head = HEAD.format(torch=torch.__version__.partition("+")[0], released=released, counts=counts)
+    text = head + "\n".join(rows) + "\n"
     (HERE.parent / "docs" / "parity.md").write_text(text)
     print(f"wrote docs/parity.md: {len(rows)} rows, the largest error {max(row[2] for row in collect.rows):.1e}")

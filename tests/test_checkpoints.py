@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dgutils import adm, checkpoints, standins, weights
+from dgutils import adm, checkpoints, jobs, standins, weights
 from dgutils.adm import EncoderUNet
+from dgutils.edm import Denoiser
 from dgutils.errors import UserError
 from dgutils.inspection import inspect
+from dgutils.noise import vp_to_cosine_time
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = dict(img_resolution=8, img_channels=3, sigma_data=0.5, model_channels=8, channel_mult=[1, 2], num_blocks=1,
@@ -135,6 +137,41 @@ def test_other_networks_in_a_pickle_are_named(data, fault, folder):
         checkpoints.load_denoiser("edm_vp")
 
 
+def changed(folder, change):
+    """A stand-in whose snapshot `change` has altered before it was pickled."""
+    network, saved = Denoiser(**VP), standins._saved
+
+    def alter(module, kwargs, **attributes):
+        made = saved(module, kwargs, **attributes)
+        change(made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(standins, "_saved", alter)
+        standins.write_edm(folder / "edm_vp.pkl", network, VP)
+
+
+def set_filter(module):
+    if module.class_name == "SongUNet":
+        module.kwargs["resample_filter"] = loop = []
+        loop.append(loop)
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (lambda module: module.state.update(_buffers=None), "edm_vp.pkl: the object at '.*' is not a torch module"),
+        (set_filter, "edm_vp.pkl: its network's arguments are not plain numbers and text"),
+        (lambda module: module.state["_parameters"].update(extra=3), "edm_vp.pkl: .*extra is not a tensor"),
+    ],
+)  # fmt: skip
+def test_snapshots_of_the_wrong_make_are_named(change, fault, folder):
+    changed(folder, change)
+    with pytest.raises(UserError, match=fault):
+        checkpoints.load_denoiser("edm_vp")
+    assert inspect(folder / "edm_vp.pkl")[-1].startswith("REFUSED: ")
+
+
 # ---- state dicts -------------------------------------------------------------------------
 
 
@@ -163,6 +200,19 @@ def test_cosine_clock_of_the_64_pixel_extractor(folder):
     assert checkpoints.load_feature_extractor("small64").feature_shape == (64, 8, 8)
     assert checkpoints.clock("small64") == "cosine" and checkpoints.clock("small32") == "linear"
     assert checkpoints.clock("fashion-mnist-adm") == "linear"
+
+
+def test_discriminator_at_64_pixels_reads_time_by_the_cosine_clock(folder):
+    """In extractor and head alike; a head is the same network at either size, its features 8 x 8."""
+    for name in ("small64", "uncond"):
+        save(folder, name, encoder(name).state_dict())
+    ensemble = jobs.Published("small64", ("uncond",)).ensemble((0,), "mean_logit", "last")
+    x, time = torch.randn(2, 3, 32, 32), torch.tensor([0.1, 0.7])
+    logit = ensemble.log_density_ratio(x, time)
+    extractor, head = checkpoints.load_feature_extractor("small64"), checkpoints.load_discriminator("uncond")
+    at = vp_to_cosine_time(time)
+    assert torch.equal(logit, head(extractor.features(x, at), at)[:, 0])
+    assert not torch.allclose(at, time, atol=0.01)
 
 
 @pytest.mark.parametrize(

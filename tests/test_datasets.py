@@ -83,3 +83,15 @@ def test_damaged_and_absent_sources_say_what_to_do(tmp_path, monkeypatch):
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b broken")
     with pytest.raises(UserError, match="cannot read"):
         load("fashion_mnist", "test")
+
+
+def test_failed_download_is_one_line_that_begins_with_what_failed(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Error downloading a.gz:\n  Tried one mirror:\n  <urlopen error>\n")
+
+    monkeypatch.setenv("DGUTILS_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets, "_from_torchvision", fail)
+    with pytest.raises(UserError) as caught:
+        datasets.load_dataset.__wrapped__("cifar10", "test")
+    assert str(caught.value).startswith("cannot read cifar10 (test): Error downloading a.gz: Tried one mirror: <url")
+    assert "\n" not in str(caught.value) and "set DGUTILS_DATA" in str(caught.value)

@@ -15,10 +15,12 @@ import psutil
 import pytest
 import test_jobs as tiny
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dgutils import distributed, jobs
+from dgutils.adm import EncoderUNet
 from dgutils.errors import UserError
 from dgutils.store import Store
 
@@ -28,6 +30,27 @@ IMAGES = 80  # ten shards
 # --- what a rank does: torchrun starts this file
 
 
+def learn(folder):
+    """A head is trained on batches in three parts: of four ranks one has none. The last batch is of two images."""
+    ranks, head = distributed.group(), tiny.random_network(EncoderUNet, tiny.HEAD, 0).requires_grad_()
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 16, 4, 4))).float()
+    label, time = (x.mean((1, 2, 3)) > 0).float(), torch.full((50,), 0.5)
+
+    def step(rows):
+        def backward(part):
+            if len(mine := rows.tensor_split(3)[part]):
+                logit = head(x[mine], time[mine])[:, 0]
+                (F.binary_cross_entropy_with_logits(logit, label[mine], reduction="sum") / len(rows)).backward()
+
+        ranks.sum_gradients(head.parameters(), 3, backward)
+        optimizer.step()
+
+    for rows in torch.arange(50).split(16):
+        step(rows)
+    np.save(folder / f"weights_{ranks.rank}.npy", np.concatenate([p.detach().ravel() for p in head.parameters()]))
+
+
 def small_study(folder):
     """A little of every step that ranks share; rank 1 is killed in its second shard if a file asks for it."""
     sample, calls = jobs.sample, []
@@ -35,7 +58,7 @@ def small_study(folder):
     def deadly(*arguments):
         calls.append(arguments)
         if len(calls) == 2 and os.environ.get("RANK") == "1" and (folder / "die").exists():
-            done = sorted(str(path.parent) for path in folder.glob("generate/*/shard_*/manifest.json"))
+            done = {str(path): path.stat().st_mtime_ns for path in folder.glob("generate/*/shard_*/manifest.json")}
             (folder / "died").write_text(json.dumps(done))
             (folder / "die").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -47,6 +70,7 @@ def small_study(folder):
     jobs.train(store, tiny.training(), jobs.generate(store, tiny.sampling(), 40))
     for of in (images, jobs.RealSet("fashion_mnist", "test", 50)):
         jobs.statistics(store, of, "tiny")
+    learn(folder)
     jobs.sample = sample
 
 
@@ -116,25 +140,39 @@ def alone(tmp_path_factory):
 
 
 def arrays(folder, step):
-    """Every array of a step by its path, and the moment when its folder was written."""
+    """Every array of a step, by its path."""
     return {str(path.relative_to(folder)): np.load(path) for path in sorted(folder.glob(f"{step}/**/*.npy"))}
 
 
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_ranks_make_what_one_process_makes(alone, tmp_path, nproc):
-    """Same images and features, bit by bit; statistics to 1e-12. Of two ranks one is killed in mid-shard."""
+    """Same images, features and weights, bit by bit; statistics to 1e-12. Of two ranks one is killed in mid-shard.
+
+    The restarted ranks find every shard that was whole when it died: none is made again.
+    """
     if nproc == 2:
         (tmp_path / "die").touch()
     run(nproc, "small_study", tmp_path, restarts=1)
+    if nproc == 2:
+        done = json.loads((tmp_path / "died").read_text())
+        assert done and {name: Path(name).stat().st_mtime_ns for name in done} == done
     for step in ("generate", "features"):
         one, many = arrays(alone, step), arrays(tmp_path, step)
         assert one.keys() == many.keys() and len(one) > 5
         assert all(np.array_equal(one[name], many[name]) for name in one), step
+    weights = [np.load(tmp_path / f"weights_{rank}.npy") for rank in range(nproc)]
+    assert all(np.array_equal(np.load(alone / "weights_0.npy"), learnt) for learnt in weights)
     for path in alone.glob("statistics/*/statistics.npz"):
         one, many = np.load(path), np.load(tmp_path / path.relative_to(alone))
         assert one["n"] == many["n"]
         for name in ("mean", "scatter"):
             assert np.abs(one[name] - many[name]).max() <= 1e-12 * np.abs(one[name]).max()
+
+
+def test_gradients_in_parts_add_up_to_the_whole():
+    x, w = torch.arange(6.0).reshape(3, 2), torch.ones(2, requires_grad=True)
+    distributed.group().sum_gradients([w], 3, lambda part: (x[part] @ w).backward())
+    assert torch.equal(w.grad, x.sum(0))
 
 
 def test_what_the_user_must_mend_is_said_once_and_not_tried_again(tmp_path, capfd):

@@ -117,6 +117,7 @@ def test_published_weights(monkeypatch, tmp_path):
     assert doctor.check_published("quick", QUICK) == "the profile uses none"
     what, advice = absent(doctor.check_published, "paper", {"score_network": "edm-cifar10-32x32-uncond-vp"})
     assert what == f"edm-cifar10-32x32-uncond-vp: not in {tmp_path}" and "make fetch PROFILE=paper (" in advice
+    assert "make rehearse" in advice
 
 
 def test_list_has_a_line_for_each_thing_and_its_status_says_whether_all_is_there(capsys, monkeypatch):

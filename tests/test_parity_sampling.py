@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dgutils import edm
+from dgutils.discriminator import Ensemble
 from dgutils.guidance import GuidedDenoiser
 from dgutils.noise import PerSampleNoise, karras_sigmas, sample_vp_time, sigma_to_vp_time, vp_to_cosine_time
 from dgutils.sampler import edm_sampler, network_denoiser
@@ -31,6 +32,15 @@ class Discriminator:
         return parity.logit(x_vp, vp_time, class_labels, self.gain)
 
 
+class Stage(torch.nn.Module):
+    """Extractor and head of that stand-in in one: the features of an image are its pixels."""
+
+    features = staticmethod(lambda x_vp, vp_time: x_vp)
+
+    def forward(self, features, vp_time, class_labels):
+        return parity.logit(features, vp_time, class_labels)[:, None]
+
+
 def relative_error(ours: torch.Tensor, name: str) -> float:
     theirs = REFERENCE[name]
     return float(np.abs(ours.numpy() - theirs).max() / np.abs(theirs).max())
@@ -48,18 +58,19 @@ def test_trajectories(name, record_property):
         denoise = GuidedDenoiser(denoise, Discriminator(case["gain"]), case["first"], case["second"],
                                  class_labels=labels, boosting=case["boosting"], log_ratio="clipped")  # fmt: skip
         churn = denoise.churn
-    noise = PerSampleNoise(parity.SEEDS, (3, 16, 16))
-    images = edm_sampler(denoise, noise, karras_sigmas(case["steps"]), s_churn=case["churn"], churn=churn)
+    noise, options = PerSampleNoise(parity.SEEDS, (3, 16, 16)), {k.lower(): v for k, v in case["options"].items()}
+    schedule = {name: options.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in options}
+    images = edm_sampler(denoise, noise, karras_sigmas(case["steps"], **schedule), churn=churn, **options)
     error = relative_error(images, name)
     record_property("relative_error", error)
     assert error < TOLERANCE
 
 
 def test_the_cases_differ():
-    """Guidance, boosting, churn and clipping change the images by far more than the tolerance."""
+    """Guidance, boosting, churn and the sampler's options change the images by far more than the tolerance."""
     for steps in (18, 35):
         sets = [REFERENCE[f"{name}_{steps}"] for name in ("unguided", "first", "both", "boosting_released",
-                                                          "boosting_paper", "churn")]  # fmt: skip
+                                                          "boosting_paper", "churn", "options")]  # fmt: skip
         for i, a in enumerate(sets):
             assert all(np.abs(a - b).max() > 1e-3 for b in sets[:i])
 
@@ -74,15 +85,22 @@ def test_clipping_is_met():
     assert relative_error(images, "clipped_18") > 1e-3
 
 
-def test_guidance_term(record_property):
-    """Without weight: sigma^2 grad log r, which the reference returns with the other sign (its slope is -score)."""
-    sigma = torch.tensor(parity.LEVELS, dtype=torch.float64)
+@pytest.mark.parametrize("clock", ["linear", "cosine"])
+def test_guidance_term(clock, record_property):
+    """Without weight: sigma^2 grad log r, which the reference returns with the other sign (its slope is -score).
+
+    At 64 x 64 the reference translates the time for its networks: the cosine clock of an `Ensemble`.
+    """
+    sigma, suffix = torch.tensor(parity.LEVELS, dtype=torch.float64), "" if clock == "linear" else f"_{clock}"
     x = parity.draw("guidance", (len(sigma), 3, 16, 16)) * sigma[:, None, None, None]
-    guided = GuidedDenoiser(None, Discriminator(), 1.0, log_ratio="clipped")
-    error = relative_error(-guided.guidance(x, sigma, 0, 1), "guidance")
+    ensemble = Ensemble(Stage(), [Stage()], "mean_logit", clock)
+    guided = GuidedDenoiser(None, ensemble, 1.0, log_ratio="clipped")
+    error = relative_error(-guided.guidance(x, sigma, 0, 1), f"guidance{suffix}")
     record_property("relative_error", error)
     assert error < TOLERANCE
-    assert relative_error(guided.last_log_ratio, "log_ratio") < TOLERANCE
+    assert relative_error(guided.last_log_ratio, f"log_ratio{suffix}") < TOLERANCE
+    other = REFERENCE["guidance_cosine" if clock == "linear" else "guidance"]
+    assert np.abs(REFERENCE[f"guidance{suffix}"] - other).max() > 1e-3
 
 
 def test_times(record_property):

@@ -1,6 +1,7 @@
 """The report: it builds from any profile's results, and each number in it is one that a notebook records."""
 
 import ast
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from pypdf import PdfReader
 from dgutils import check_report, plots, report
 from dgutils.errors import UserError
 from dgutils.notebooks import every_parameter
-from dgutils.results import Recorder, load_results, published
+from dgutils.results import Recorder, Results, load_results, published
 from dgutils.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,27 @@ def test_every_key_of_the_text_is_recorded_or_published():
 
 def test_every_figure_and_table_of_the_text_is_made():
     assert {*FIGURES, *TABLES, *used("rescaption")} <= strings(CODE)[0]
+
+
+def test_what_the_text_says_computes_an_equation_is_a_function():
+    names = used("dgcode")
+    assert len(names) >= 8
+    for name in names:
+        room, function = name.split(".")
+        tree = ast.parse((ROOT / f"dgutils/{room}.py").read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}, name
+
+
+def test_feature_spaces_are_named_for_whose_they_are(tmp_path):
+    for names, words in {
+        "own-adm, efficientnet-lite0@128": ("the discriminators' own features", "EfficientNet features"),
+        "efficientnet-lite0@128, own-adm": ("EfficientNet features", "the discriminators' own features"),
+        "inception": ("Inception features",),
+    }.items():
+        results = Results("quick", {"settings.feature_extractor": {"value": "own-adm"},
+                                    "settings.feature_spaces": {"value": names}}, {})  # fmt: skip
+        assert tuple(report.spaces(results).values()) == words
+    assert report.spaces(Results("quick", {}, {})) == {}
 
 
 def test_every_source_of_the_list_is_cited():
@@ -189,6 +211,12 @@ def invented(tmp_path_factory) -> Path:
         first.settings(SimpleNamespace(**every_parameter("smoke")))
         for key in set(KEYS) - published().keys() - first.records.keys():
             first.record(key, 1.25, label="invented & more", cell="none", interval=(1.0, 1.5), level=0.95, n=1000)
+        for slot, rung in itertools.product(("first", "second"), ("only_raw_logits", "only_wrong_file",
+                                                                  "without_raw_logits", "correct")):
+            for key in {f"ladder.{rung}.{slot}", f"ladder.{rung}.step.{slot}"}:
+                first.record(f"{key}.kid_change", -1.25, label="invented", cell="none", interval=(-1.5, -1.0),
+                             level=0.95)  # fmt: skip
+                first.record(f"{key}.kid_direction", "lower than", label="invented, in words", cell="none")
         columns = {name: {"a-long-head-of-a-column"} for name in [*TABLES, *used("rescaption")]}
         for names, name in re.findall(r"\\dgtable(?:\[([^]]*)\])?{(\w+)}", TEXT):
             columns[name] |= {column for column in names.split(",") if column}

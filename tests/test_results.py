@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dgutils import results
+from dgutils import results, trace
 from dgutils.errors import UserError
 from dgutils.report import write_latex
 from dgutils.results import (
@@ -219,3 +219,30 @@ def test_two_columns_of_one_name_are_told_apart(root, tmp_path):
     assert r"\dg@set{columns}{ladder}{fd,step,kid,step-2}" in text
     assert r"\dg@set{cell}{ladder/1/step}{25.3" in text
     assert r"\dg@set{cell}{ladder/1/step-2}{\ensuremath{-}0.0001}" in text
+
+
+# --- why the ensemble failed
+
+
+def ladder(steps: dict[str, float], alone: dict[str, tuple[float, str]]) -> results.Results:
+    """Results with a ladder of two faults: steps by rung, and for single faults (step, word against unguided)."""
+    records = {"settings.ladder": {"value": "raw_logits, wrong_file"}}
+    for rung, step in steps.items():
+        word = "lower than" if step < -1 else "not distinguishable from"
+        records |= {f"ladder.{rung}.step.first.kid_change": {"value": step, "unit": "", "digits": 1},
+                    f"ladder.{rung}.step.first.kid_direction": {"value": word}}  # fmt: skip
+    for fault, (step, word) in alone.items():
+        records |= {f"ladder.only_{fault}.step.first.kid_change": {"value": step, "unit": "", "digits": 1},
+                    f"ladder.only_{fault}.first.kid_direction": {"value": word}}  # fmt: skip
+    return results.Results("quick", records, {})
+
+
+def test_causes_follow_the_rules_of_the_design():
+    found = results.causes(ladder({"without_raw_logits": -9.0, "correct": -0.5},
+                                  {"raw_logits": (8.0, "higher than"), "wrong_file": (0.2, "lower than")}), "first")
+    raw, file = (trace.constants("study")["FAULTS"][fault] for fault in ("raw_logits", "wrong_file"))
+    assert found == {"alone": f"{raw} (8.0); {file} (0.2)", "sufficient": raw, "carries": f"{raw} (-9.0)"}
+    found = results.causes(ladder({"without_raw_logits": 0.2, "correct": -0.5},
+                                  {"raw_logits": (8.0, "lower than"), "wrong_file": (0.2, "lower than")}), "first")
+    assert found["sufficient"] == found["carries"] == "none", "no fault is named beyond what the intervals carry"
+    assert results.causes(ladder({}, {}), "first") == results.causes(results.Results("quick", {}, {}), "first") == {}

@@ -143,8 +143,9 @@ def test_sigmas_fit_the_network():
         def round_sigma(self, sigma):
             return (sigma * 100).round() / 100
 
-    fitted = sampler.fit_sigmas(karras_sigmas(18), Network())
+    fitted = sampler.fitted_sigmas(Network(), 18, 0.002, 80.0, 7.0)
     assert fitted[0] == 50 and fitted[-2] == 0.01 and fitted[-1] == 0
+    assert (fitted - karras_sigmas(18, 0.01, 50.0)).abs().max() < 0.0051  # the ramp is laid between the limits
     assert (fitted * 100 - (fitted * 100).round()).abs().max() < 1e-9
 
 

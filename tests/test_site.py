@@ -65,7 +65,10 @@ def test_the_site_holds_notebooks_results_and_figures_and_loads_nothing(clone):
 
 def test_captions_are_those_of_the_report_in_plain_words():
     found = site.captions(ROOT / "report")
-    assert len(found) >= 8 and list(found)[0] == "02_training_curves"
+    assert len(found) >= 8 and list(found)[0] == "06_fault"  # the first in the text
+    assert "the first feature space" in found["04_arms"]
+    found |= {"named": site.captions(ROOT / "report", {"first": "own", "second": "others'"})["04_arms"]}
+    assert "own; lower row: others'" in " ".join(found["named"].split())
     assert not [text for text in found.values() if re.search(r"[\\$]|^\s*$", re.sub(r"<math.*?</math>", "", text))]
 
 

@@ -5,7 +5,9 @@ import copyreg
 import io
 import os
 import pickle
+import re
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,19 @@ def test_pt_files_are_read_with_weights_only(legacy, tmp_path, canary, monkeypat
     with pytest.raises(UserError, match=r"refused: it names \w+\.system") as caught:
         read_state_dict(path)
     assert "\n" not in str(caught.value) and "safe_globals" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "module, name", [("torch._utils_evil", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v2.__globals__"),
+                     ("torch.hub", "load"), ("collections", "OrderedDict.fromkeys"), ("torch.FloatStorage", "load")],
+)  # fmt: skip
+def test_pt_files_with_names_that_only_look_right(module, name, tmp_path, canary):
+    path, program = tmp_path / "file.pt", network(weight=call(module, name, f"touch {canary}"))
+    with zipfile.ZipFile(io.BytesIO(torch_bytes({}, legacy=False))) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.namelist():
+            new.writestr(item, program if item.endswith("data.pkl") else old.read(item))
+    with pytest.raises(UserError, match=re.escape(f"refused: it names {module}")):
+        read_state_dict(path)
 
 
 def test_extension_codes(tmp_path, canary):
