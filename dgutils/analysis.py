@@ -135,6 +135,9 @@ def record_trainings(recorder: Recorder, key: str, cell: str, pairs: list[tuple[
         label = f"{name} of {arm} minus {baseline}, {pairs[0][0].space}, over {len(pairs)} trainings"
         record_interval(recorder, f"{key}.{score}_change", interval, label=label, digits=two_digits(interval), **about)
         recorder.record(f"{key}.{score}_direction", direction(interval), label=f"{label}, in words", **about)
+        for number, value in enumerate(values, 1):
+            recorder.record(f"{key}.{score}_change.training{number}", value, label=f"training {number}: {label}",
+                            digits=two_digits(interval), **about)  # fmt: skip
         recorder.record(f"{key}.{score}_sd", float(np.std(values, ddof=1)), label=f"SD of {label}",
                         digits=two_digits(interval), **about)  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import distributed
 from .adm import EncoderUNet
 from .errors import UserError
 from .noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma, vp_to_cosine_time
@@ -242,41 +243,64 @@ class _Trainee:
         self.history.append(row)
 
 
-def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, clock, learn):
+def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, clock, parts, learn):
     """One pass over images[order]: losses and accuracies [len(trainees), 2], in nats and as fractions.
 
     Every batch goes through the extractor once and then through each trainee's head.  Times have the training
     density on [t_min, 1]; a trainee with a larger min_time uses only those at or above it, which have exactly
     the training density of its own interval.  With learn, each trainee steps on each full batch.
+    parts: each batch falls into so many, dealt to the ranks of the group and added up in their order: the same
+    bits for any number of ranks, as all draw the whole batch's noise.
     """
-    device = next(extractor.parameters()).device
+    device, ranks = next(extractor.parameters()).device, distributed.group()
     times = sample_vp_time(torch.from_numpy(rng.random(len(order))), t_min)  # float64 [n]
-    totals = torch.zeros(len(trainees), 3, dtype=torch.float64, device=device)  # loss, correct, count
+    totals = torch.zeros(parts, len(trainees), 3, dtype=torch.float64, device=device)  # loss, correct, count
+    weights = [parameter for trainee in trainees for parameter in trainee.head.parameters()]
     for start in range(0, len(order) - (batch_size - 1 if learn else 0), batch_size):
         rows = order[start : start + batch_size]
         vp_time = times[start : start + batch_size]
-        x_vp = perturb(images[rows], vp_time, rng).to(device)
+        x_vp = perturb(images[rows], vp_time, rng)
         label = torch.from_numpy(labels[rows]).to(device, torch.float32)
-        with torch.no_grad(), autocast(device, precision):
-            time = CLOCKS[clock](vp_time).to(device, torch.float32)
-            features = extractor.features(x_vp, time)
-        for trainee, total in zip(trainees, totals, strict=True):
-            seen = (vp_time >= trainee.config.min_time).nonzero()[:, 0]
-            if learn:
-                seen = seen.repeat_interleave(torch.from_numpy(trainee.times[rows])[seen])
-            if len(seen) == 0:
-                continue
-            # All of them, in order: no copy, which would also forget the fast memory layout.
-            seen = slice(None) if torch.equal(seen, torch.arange(len(rows))) else seen.to(device)
-            with torch.set_grad_enabled(learn), autocast(device, precision):
-                logit = trainee.head(features[seen], time[seen])[:, 0].float()
-                loss = F.binary_cross_entropy_with_logits(logit, label[seen])
-            if learn:
-                trainee.optimizer.zero_grad()
-                loss.backward()
-                trainee.optimizer.step()
-            correct = ((logit > 0) == (label[seen] > 0.5)).sum()
-            total += torch.stack([loss.detach() * len(logit), correct, correct.new_tensor(len(logit))])
+        time = CLOCKS[clock](vp_time).to(device, torch.float32)
+        sees = [(vp_time >= trainee.config.min_time).long() for trainee in trainees]  # how often, [B] each
+        if learn:
+            sees = [see * torch.from_numpy(trainee.times[rows]) for see, trainee in zip(sees, trainees, strict=True)]
+
+        def one_part(part, x_vp=x_vp, label=label, time=time, sees=sees):
+            mine = torch.arange(len(label)).tensor_split(parts)[part]
+            if len(mine) == 0:
+                return
+            with torch.no_grad(), autocast(device, precision):
+                features = extractor.features(x_vp[mine].to(device), time[mine])
+            for trainee, see, total in zip(trainees, sees, totals[part], strict=True):
+                seen = torch.arange(len(mine)).repeat_interleave(see[mine])
+                if len(seen) == 0:
+                    continue
+                # All of them, in order: no copy, which would also forget the fast memory layout.
+                seen = slice(None) if torch.equal(seen, torch.arange(len(mine))) else seen.to(device)
+                target = label[mine][seen]
+                with torch.set_grad_enabled(learn), autocast(device, precision):
+                    logit = trainee.head(features[seen], time[mine][seen])[:, 0].float()
+                    loss = F.binary_cross_entropy_with_logits(logit, target, reduction="sum")
+                if learn:
+                    (loss / see.sum()).backward()
+                correct = ((logit > 0) == (target > 0.5)).sum()
+                total += torch.stack([loss.detach(), correct, correct.new_tensor(len(logit))])
+
+        if learn:
+            ranks.sum_gradients(weights, parts, one_part)
+            for trainee, see in zip(trainees, sees, strict=True):
+                if see.any():
+                    trainee.optimizer.step()
+        else:
+            for part in range(parts)[ranks.slice(parts)]:
+                one_part(part)
+    ranks.sum(totals)
+    totals = totals.cumsum(0)[-1]  # of the parts in their order
+    for trainee, loss in zip(trainees, totals[:, 0].tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise UserError(f"discriminator {trainee.config.name}: its loss is not finite in epoch "
+                            f"{len(trainee.history) + 1}: lower its learning rate")
     return (totals[:, :2] / totals[:, 2:]).cpu().numpy()
 
 
@@ -286,6 +310,7 @@ def train_discriminators(
     progress: Callable[[str, dict], None] | None = None,
     checkpoint: Callable[[dict, dict], None] | None = None,
     resume: tuple[dict, dict] | None = None, kept=(), resampling: str = "none", clock: str = "linear",
+    parts: int = 1,
 ) -> list[TrainedMember]:  # fmt: skip
     """Train independent heads by binary cross-entropy on noised images (Kim et al. 2023, eq. 6).
 
@@ -299,7 +324,8 @@ def train_discriminators(
     is such a pair, and going on from it gives the same bits as never having stopped.
     kept: (member, epoch) pairs whose weights are kept. resampling: a name of RESAMPLINGS, which images members see.
     clock: a name of CLOCKS, how the extractor, and hence the heads, read the VP time.
-    Raises UserError for unbalanced data, fewer images than a batch, an unusable member, unknown names.
+    parts: that batches are divided into among ranks, which all call this; results depend on it, not on the ranks.
+    Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, an unusable member, unknown names.
     """
     for images, labels in ((images_train, labels_train), (images_val, labels_val)):
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
@@ -309,6 +335,8 @@ def train_discriminators(
                             "give as many real as generated, or logits are not log-density-ratios")
     if not 1 <= batch_size <= len(images_train):
         raise UserError(f"batch_size {batch_size}: use at most the {len(images_train)} training images")
+    if not 1 <= parts <= batch_size:
+        raise UserError(f"{parts} parts of a batch: at least 1, at most batch_size, {batch_size}")
     if not members:
         raise UserError("no member to train: give at least one")
     for member in members:
@@ -349,11 +377,12 @@ def train_discriminators(
         rng = keyed_rng(seed, number, 0, TRAINING)
         train = _run_batches(
             extractor, now, images_train, labels_train, rng.permutation(len(images_train)),
-            min(trainee.config.min_time for trainee in now), rng, batch_size, precision, clock, learn=True)
+            min(trainee.config.min_time for trainee in now), rng, batch_size, precision, clock,
+            parts, learn=True)
         val = _run_batches(
             extractor, now, images_val, labels_val, np.arange(len(images_val)),
             min(config.min_time for config in members), keyed_rng(seed, 0, 0, VALIDATION),
-            batch_size, precision, clock, learn=False)
+            batch_size, precision, clock, parts, learn=False)
         for trainee, train_scores, val_scores in zip(now, train.tolist(), val.tolist(), strict=True):
             row = {"epoch": epoch + 1, "train_loss": train_scores[0], "train_accuracy": train_scores[1],
                    "val_loss": val_scores[0], "val_accuracy": val_scores[1]}

@@ -93,6 +93,11 @@ class Group:
 
         parameters = list(parameters)
         sizes = [parameter.numel() for parameter in parameters]
+        if parts == self.world == 1:
+            for parameter in parameters:
+                parameter.grad = None
+            backward(0)
+            return
         table = parameters[0].new_zeros(parts, sum(sizes))
         for part in range(parts)[self.slice(parts)]:
             for parameter in parameters:
@@ -295,7 +300,8 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
     """Fill the store of a profile with what its notebooks will ask for, in one process or as one of many ranks.
 
     In order: the images that discriminators learn from, the trainings, the arms of the notebooks, their features,
-    their scores. Images and features are dealt in shards; of trainings and scores each is one rank's.
+    their scores. Images and features are dealt in shards, a training in parts of its batches if it has any, else,
+    as scores are, as a whole.
     """
     with reporting(), join(timeout) as ranks:
         from . import datasets, jobs, notebooks
@@ -313,10 +319,12 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
         dry.__dict__["store"] = jobs.open_store(profile, dry=True)
         dry.scored(values)
         trainings = {what.digest: (what, make) for what, make in dry.store.asked if isinstance(what, Artifact)}
-        for _, (artifact, make) in ranks.deal(list(trainings.values())):
-            with alone():
-                artifact.obtain(make)
-        ranks.barrier()
+        if study.training_parts == 1:  # else each is all ranks' work, as the arms ask for it
+            for wait in (False, True):  # first what is free, then what another run is computing
+                for _, (artifact, make) in ranks.deal(list(trainings.values())):
+                    with alone():
+                        artifact.obtain(make, wait)
+            ranks.barrier()
         scored = study.scored(values)
         for images, space in scored:
             jobs.features(study.store, images, space)

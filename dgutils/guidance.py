@@ -40,6 +40,18 @@ def grad_log_density_ratio(ensemble, x: torch.Tensor, sigma: torch.Tensor, preci
     return grad.double() * scale, ratio.detach().double()
 
 
+def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boosting, log_ratio):
+    """Raises UserError unless these settings of `GuidedDenoiser` are known names and possible numbers."""
+    if log_ratio not in LOG_RATIOS:
+        raise UserError(f"unknown log_ratio '{log_ratio}'; choose one of {', '.join(LOG_RATIOS)}")
+    if boosting not in BOOSTING:
+        raise UserError(f"unknown boosting '{boosting}'; choose one of {', '.join(BOOSTING)}")
+    if not 0 <= time_min <= time_max <= 1:
+        raise UserError(f"guidance window [{time_min}, {time_max}]: needs 0 <= time_min <= time_max <= 1")
+    if not (0 <= weight_1st_order < math.inf and 0 <= weight_2nd_order < math.inf):
+        raise UserError(f"guidance weights {weight_1st_order}, {weight_2nd_order} must be finite, not negative")
+
+
 class GuidedDenoiser:
     """A denoiser with discriminator guidance, for `edm_sampler`; use its `churn` too when boosting.
 
@@ -55,14 +67,7 @@ class GuidedDenoiser:
     def __init__(self, denoise: Denoise, ensemble, weight_1st_order=2.0, weight_2nd_order=0.0,
                  time_min=0.01, time_max=1.0, boosting="none", precision="float32", log_ratio="logit",
                  class_labels=None):  # fmt: skip
-        if log_ratio not in LOG_RATIOS:
-            raise UserError(f"unknown log_ratio '{log_ratio}'; choose one of {', '.join(LOG_RATIOS)}")
-        if boosting not in BOOSTING:
-            raise UserError(f"unknown boosting '{boosting}'; choose one of {', '.join(BOOSTING)}")
-        if not 0 <= time_min <= time_max <= 1:
-            raise UserError(f"guidance window [{time_min}, {time_max}]: needs 0 <= time_min <= time_max <= 1")
-        if not (0 <= weight_1st_order < math.inf and 0 <= weight_2nd_order < math.inf):
-            raise UserError(f"guidance weights {weight_1st_order}, {weight_2nd_order} must be finite, not negative")
+        check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boosting, log_ratio)
         self.denoise, self.ensemble, self.precision = denoise, ensemble, precision
         self.weights = {1: weight_1st_order, 2: weight_2nd_order}
         self.time_min, self.time_max, self.boosting = time_min, time_max, BOOSTING[boosting]

@@ -21,8 +21,8 @@ from . import checkpoints, datasets, distributed, metrics
 from .adm import EncoderUNet
 from .discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
 from .errors import UserError
-from .guidance import GuidedDenoiser
-from .noise import PerSampleNoise, class_labels, vp_sigmas
+from .guidance import GuidedDenoiser, check_settings
+from .noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from .paths import runs_dir
 from .sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
 from .store import Artifact, ShardedSet, Store, digest_of_json, log_line
@@ -82,6 +82,8 @@ class Sampling:
     def __post_init__(self):
         if self.sampler not in ("heun", "ancestral"):
             raise UserError(f"unknown sampler '{self.sampler}': choose heun or ancestral")
+        if self.sampler == "heun":
+            karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UserError(f"unknown precision '{self.precision}': choose auto, float32 or bfloat16")
         if self.batch_size < 1:
@@ -129,6 +131,10 @@ class Guidance:
     time_max: float = 1.0
     boosting: str = "none"
     log_ratio: str = "logit"
+
+    def __post_init__(self):
+        check_settings(self.weight_1st_order, self.weight_2nd_order, self.time_min, self.time_max, self.boosting,
+                       self.log_ratio)  # fmt: skip
 
     def config(self) -> dict:
         """What tells two guidances apart, without the discriminators, whose digest is an input."""
@@ -229,7 +235,7 @@ class Training:
     """How discriminators are trained: data, frozen extractor, head, and the members of table 1.
 
     kept: (member, epoch) pairs whose states are kept besides the last and the best. resampling: which images a
-    member sees, a name of `discriminator.RESAMPLINGS`.
+    member sees, a name of `discriminator.RESAMPLINGS`. parts: that a batch is divided into, for as many ranks at most.
     """
 
     dataset: str
@@ -244,6 +250,7 @@ class Training:
     held_out_every: int = 10
     kept: tuple[tuple[int, int], ...] = ()
     resampling: str = "none"
+    parts: int = 1
 
 
 def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_head_channels: int) -> dict:
@@ -379,19 +386,23 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
     artifact = store.artifact("train", VERSIONS["train"], dataclasses.asdict(training), inputs, label)
 
     def checkpoint(tensors, info):
+        if distributed.group().rank > 0:
+            return
         state = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
         store.save_partial(artifact.name, json.dumps(info).encode() + b"\n" + state)
 
     def make(folder: Path):
-        resume = None
-        if saved := store.load_partial(artifact.name):
+        resume, ranks = None, distributed.group()
+        with ranks.first():  # one of them puts it into quarantine if it is damaged
+            saved = store.load_partial(artifact.name)
+        if saved:
             info, _, tensors = saved.partition(b"\n")
             resume = safetensors.torch.load(tensors), json.loads(info)
         learn, validate, _ = splits(training, fakes, better)
         extractor = checkpoints.load_feature_extractor(training.feature_extractor).to(device())
         done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
         with tqdm(total=sum(m.epochs for m in training.members), initial=done, desc=label, unit=" epochs",
-                  disable=not distributed.group().main) as bar:
+                  disable=not ranks.main) as bar:
 
             def progress(name, row):
                 bar.set_postfix_str(f"{name} {row['val_loss']:.3f}")
@@ -401,7 +412,7 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
                 extractor, training.head, learn.images, learn.labels, validate.images, validate.labels,
                 training.members, training.batch_size, training.seed, training.precision, training.sequential,
                 progress, checkpoint, resume, training.kept, training.resampling,
-                checkpoints.clock(training.feature_extractor),
+                checkpoints.clock(training.feature_extractor), training.parts,
             )  # fmt: skip
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
                   for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
@@ -410,7 +421,11 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
         (folder / "history.json").write_text(json.dumps([member.history for member in members]))
         return {"seed": training.seed}
 
-    artifact.compute(make)
+    if training.parts > 1:
+        distributed.group().compute(artifact, make)
+    else:
+        with distributed.alone():  # one rank's work, while the others wait for the artifact
+            artifact.compute(make)
     store.drop_partial(artifact.name)
     return Trained(training, fakes, artifact, better)
 

@@ -6,6 +6,7 @@ has a line style, a marker or a hatch of its own.
 
 import io
 import math
+import re
 import textwrap
 
 import matplotlib as mpl
@@ -167,11 +168,13 @@ def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
     """Dots with intervals, a row an arm, a panel a score; zero is the arm that all are compared to.
 
     changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most, in.
+    "mended: a fault" is labelled "\u2212 a fault", and "only: a fault" "+ a fault".
     """
     down = -(-len(changes) // 2)
-    names = {arm: "\n".join(textwrap.wrap(arm, 45)) for arm in groups}  # no wider than what they name
+    short = {arm: re.sub("^mended: ", "\u2212 ", re.sub("^only: ", "+ ", arm)) for arm in groups}
+    names = {arm: "\n".join(textwrap.wrap(name, 52)) for arm, name in short.items()}
     lines = sum(name.count("\n") + 1 for name in names.values())
-    height = min(height, down * (0.6 + 0.12 * lines))
+    height = min(height, down * (0.6 + 0.13 * lines))
     fig, axes = panels(down, min(2, len(changes)), height, sharey=True, squeeze=False)
     for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
         for row, (arm, interval) in enumerate(arms.items()):
@@ -259,7 +262,7 @@ def gradient_likeness(sigmas, pairs, to_mean, matrix, names, height: float = 2.5
     return fig
 
 
-def fault(sigmas, silent: dict, strength: dict, height: float = 1.85) -> Figure:
+def fault(sigmas, silent: dict, strength: dict, height: float = 1.75) -> Figure:
     """The raw-logit fault by noise level: share of images without guidance [L], and guidance norms [L, N].
 
     A norm that is NaN counts as absent, since zero has no place on a logarithmic axis.

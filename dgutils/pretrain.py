@@ -140,7 +140,9 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     """
     recipe = load_recipe(name)
     training = recipe["training"]
-    if threads:
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"{threads} threads: give at least 1")
         torch.set_num_threads(threads)
     images, labels = datasets.load_dataset(recipe["dataset"], "train")
     model, ema = build(recipe), build(recipe).eval()

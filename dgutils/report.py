@@ -81,7 +81,7 @@ def table(results: Results, name: str) -> dict[tuple[str, str], str]:
         columns.append(f"{head}-{columns.count(head) + 1}" if head in columns else head)
     long = max((len(row[0]) for row in rows), default=0) > 40
     found = {("caption", name): latex_escape(results.tables[name]["caption"]), ("columns", name): ",".join(columns),
-             ("rows", name): str(len(rows)), ("labels", name): "p{1.8in}" if long else "l"}
+             ("rows", name): str(len(rows)), ("labels", name): r"p{\dg@labelwidth}" if long else "l"}
     heads = [r"\shortstack[r]{" + r"\\".join(textwrap.wrap(head, 14, break_long_words=False)) + "}"
              if len(head) > 14 else head for head in heads]  # fmt: skip
     for number, (label, *cells) in enumerate([heads, *rows]):

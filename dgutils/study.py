@@ -98,6 +98,7 @@ class Study:
     epoch_scale: float
     discriminator_batch_size: int
     training_seed: int
+    training_parts: int
     held_out_every: int
     sequential: bool
     head_width: int
@@ -122,7 +123,10 @@ class Study:
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in namespace]:
             raise UserError(f"parameters missing from the notebook's first cell: {', '.join(missing)}")
-        return cls(**{name: namespace[name] for name in names})
+        study = cls(**{name: namespace[name] for name in names})
+        study.guidance(discriminators=None)  # what is impossible in tables 1 and 2 is said now, not hours later
+        study.training()
+        return study
 
     @cached_property
     def store(self) -> Store:
@@ -147,7 +151,7 @@ class Study:
         head = head_config(s.feature_extractor, s.head_width, s.head_blocks, s.head_channels)
         return Training(s.dataset, s.feature_extractor, head, members, s.num_fake, s.discriminator_batch_size,
                         s.training_seed, s.sequential, s.precision, s.held_out_every,
-                        (s.wrong_state,) if "wrong_file" in s.ladder else ())  # fmt: skip
+                        (s.wrong_state,) if "wrong_file" in s.ladder else (), parts=s.training_parts)  # fmt: skip
 
     @cached_property
     def trained(self) -> Trained:
@@ -156,8 +160,10 @@ class Study:
 
     def guidance(self, members=(0,), rule: str = "mean_logit", **changes) -> Guidance:
         """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
+        if "discriminators" not in changes:
+            changes = changes | {"discriminators": self.trained}
         settings = dict(
-            discriminators=self.trained, members=tuple(members), rule=rule,
+            members=tuple(members), rule=rule,
             weight_1st_order=self.dg_weight_1st_order, weight_2nd_order=self.dg_weight_2nd_order,
             time_min=self.time_min, time_max=self.time_max, boosting=self.boosting, log_ratio=self.log_ratio,
         )  # fmt: skip
@@ -172,6 +178,12 @@ class Study:
         config = replace(self.sampling, **sampling)
         first_seed = self.eval_seed + block * self.num_eval
         return generate(self.store, config, n or self.num_eval, first_seed, guidance, label)
+
+    def unguided_as(self, arm: ImageSet) -> ImageSet:
+        """What guidance in an arm is to be compared with: as many unguided images, of as many steps."""
+        steps = arm.rows.artifact.identity["config"]["num_steps"]
+        label = "unguided sampling" + (f", {steps} steps" if steps != self.num_steps else "")
+        return self.arm(label, n=arm.n, num_steps=steps)
 
     # ---- the arms of each notebook
 
@@ -403,8 +415,8 @@ class Study:
                     self.ensemble_arms(), self.ladder_arms(), self.variant_arms()]  # fmt: skip
         arms = [arm for group in declared for arm in group.values()]
         if self.ladder:
-            arms += [arm for group in self.repeat_arms().values() for arm in group]
-            arms.append(self.arm("unguided sampling", n=self.num_key))
+            why = [*self.ladder_arms().values(), *(arm for group in self.repeat_arms().values() for arm in group)]
+            arms += why + [self.unguided_as(arm) for arm in why]
         pairs = [(arm, space) for arm in arms for space in self.feature_spaces]
         pairs += [(arm, self.feature_spaces[0]) for group in self.seed_block_arms().values() for arm in group]
         found: dict[tuple, tuple] = {}

@@ -42,6 +42,7 @@ def use_tiny_networks(monkeypatch):
     monkeypatch.setattr(checkpoints, "load_denoiser", lambda name: score)
     monkeypatch.setattr(checkpoints, "load_feature_extractor", lambda name: extractor)
     monkeypatch.setattr(checkpoints, "weights_digest", lambda name: f"weights of {name}")
+    monkeypatch.setattr(checkpoints, "clock", lambda name: "linear")
 
 
 @pytest.fixture(autouse=True)
