@@ -127,7 +127,7 @@ def _trace(args):
 def _bench(args):
     from .bench import run
 
-    run(args.quick, Path(args.out) if args.out else repo_root() / "docs" / "bench.md")
+    run(args.quick, Path(args.out) if args.out else repo_root() / "docs" / "bench.md", args.only)
 
 
 def _train(args):
@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("bench", _bench, "measure the claims of speed: ratios, each within one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, few repetitions: does it run?")
     sub.add_argument("--out", help="the table's file [docs/bench.md]")
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these; other tables of the file stay")
     for name, what in (("train-score", "score network"), ("train-extractor", "feature extractor")):
         sub = command(name, _train, f"train the {what} of a recipe in dgutils/assets; resumes")
         sub.add_argument("name", help="the recipe: dgutils/assets/NAME.yaml")

@@ -282,17 +282,31 @@ TABLES = {  # part -> title, what it says, heads of the columns
 }  # fmt: skip
 
 
-def _page(found: dict, quick: bool) -> str:
+def _section(part: str, rows: list, quick: bool) -> str:
+    """One table of the page, with where and when it was measured."""
+    title, text, heads = TABLES[part]
     about = provenance()
+    where = (f"Measured {datetime.now(UTC):%Y-%m-%d}, code {str(about['revision'])[:10]}, torch {torch.__version__}, on "
+             f"{about['device']}, threads: {torch.get_num_threads()}.")  # fmt: skip
+    lines = [f"## {title}", "", text, "", where + " **A trial at tiny sizes, which says nothing.**" * quick, ""]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in [heads, ["---"] * len(heads), *rows])])
+
+
+def _page(sections: dict[str, str]) -> str:
+    """The page from its tables; those that were never measured are named."""
     lines = ["# Speed and memory, measured", "",
-             f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}, code {str(about['revision'])[:10]}, torch "
-             f"{torch.__version__}, on {about['device']}, {torch.get_num_threads()} threads. Medians of {RUNS} turns "
-             "unless a table says otherwise; what is compared takes turns within one run.",
-             *(["", "**A trial at tiny sizes, which says nothing.**"] * quick)]  # fmt: skip
-    for part, (title, text, heads) in TABLES.items():
-        rows = [heads, ["---"] * len(heads), *found[part]]
-        lines += ["", f"## {title}", "", text, "", *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+             f"Written by `make bench`. Medians of {RUNS} turns unless a table says otherwise; what is compared takes turns "
+             "within one run, and only ratios are claims."]  # fmt: skip
+    lines += [f"\n{sections[part]}" if part in sections else f"\n## {title}\n\nNot measured yet."
+              for part, (title, _, _) in TABLES.items()]  # fmt: skip
     return "\n".join([*lines, ""])
+
+
+def _sections(page: str) -> dict[str, str]:
+    """The tables of a page that was written before, by part."""
+    parts = {title: part for part, (title, _, _) in TABLES.items()}
+    found = {text.partition("\n")[0]: text.strip() for text in page.split("\n## ")[1:]}
+    return {parts[title]: f"## {text}" for title, text in found.items() if title in parts and "| --- |" in text}
 
 
 def _scores(quick: bool) -> list:
@@ -305,22 +319,27 @@ def _scores(quick: bool) -> list:
     return table
 
 
-def run(quick: bool, out: Path) -> None:
-    """Measure everything and write the page `out`. quick: tiny sizes, to see that it runs."""
+def run(quick: bool, out: Path, only=()) -> None:
+    """Measure and write the page `out`. quick: tiny sizes, to see that it runs.
+
+    only: names of `measures` below; the page's other tables stay as they were measured before. Raises UserError for others.
+    """
     names, runs = (list(SIZES)[:1], 1) if quick else (list(SIZES), RUNS)
-    found: dict[str, list] = {}
-    parts = [
-        lambda: sampling(names, runs, 2 if quick else None),
-        lambda: {"training": training(names[:2], runs, 32 if quick else 1024)},
-        lambda: {"limits": limits(names[-1], runs, *((64, 2) if quick else (2048, 16)))},
-        lambda: {"cosines": cosines(names[0], 4 if quick else 128)},
-        lambda: {"growth": growth((250,) if quick else (1000, 8000), 2)},
-        lambda: {"scores": _scores(quick)},
-    ]
-    for measure in tqdm(parts, desc="bench"):
-        found |= measure()
+    measures = {
+        "sampling": lambda: sampling(names, runs, 2 if quick else None),
+        "training": lambda: {"training": training(names[:2], runs, 32 if quick else 1024)},
+        "limits": lambda: {"limits": limits(names[-1], runs, *((64, 2) if quick else (2048, 16)))},
+        "cosines": lambda: {"cosines": cosines(names[0], 4 if quick else 128)},
+        "growth": lambda: {"growth": growth((250,) if quick else (1000, 8000), 2)},
+        "scores": lambda: {"scores": _scores(quick)},
+    }
+    if unknown := set(only) - measures.keys():
+        raise UserError(f"unknown measurement {sorted(unknown)[0]!r}: choose from {', '.join(measures)}")
+    sections = _sections(out.read_text()) if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, _page(found, quick).encode())
+    for name in tqdm(only or measures, desc="bench"):
+        sections |= {part: _section(part, rows, quick) for part, rows in measures[name]().items()}
+        write_file(out, _page(sections).encode())  # what is measured is kept
     print(out)
 
 

@@ -28,13 +28,13 @@ TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5
 
 
 def mean_probability(logits):
-    """log(p / (1 - p)) of the mean p of the members' probabilities, finite for any finite logits."""
+    """log(p / (1 - p)) of the mean p of the members' probabilities, for any finite logits (eq:mean-probability)."""
     # The factor 1/M of both means cancels in the ratio.
     return F.logsigmoid(logits).logsumexp(dim=0) - F.logsigmoid(-logits).logsumexp(dim=0)
 
 
 def mean_logit(logits):
-    """Mean of the log-density-ratios: the geometric mean of the members' density ratios."""
+    """Mean of the log-density-ratios: the geometric mean of the members' density ratios (eq:mean-logit)."""
     return logits.mean(dim=0)
 
 
@@ -45,7 +45,7 @@ def median_logit(logits):
 
 
 def raw_logits_as_probabilities(logits):
-    """The study's fault, kept to be measured: the clipped mean *logit* is taken for a probability.
+    """The study's fault, kept to be measured: the clipped mean *logit* is taken for a probability (eq:fault).
 
     Zero gradient unless the mean logit lies in (0, 1), and 1 / (m (1 - m)) >= 4 times too large inside.
     """
@@ -312,7 +312,7 @@ def train_discriminators(
     resume: tuple[dict, dict] | None = None, kept=(), resampling: str = "none", clock: str = "linear",
     parts: int = 1,
 ) -> list[TrainedMember]:  # fmt: skip
-    """Train independent heads by binary cross-entropy on noised images (Kim et al. 2023, eq. 6).
+    """Train independent heads by binary cross-entropy on noised images (Kim et al. 2023, eq. 6; report, eq:loss).
 
     images_*: uint8 [N, H, W, C]; labels_*: [N], 1 real and 0 generated, as many of each.
     members: MemberConfigs; all train side by side, and each leaves when its epochs are done.
@@ -325,7 +325,8 @@ def train_discriminators(
     kept: (member, epoch) pairs whose weights are kept. resampling: a name of RESAMPLINGS, which images members see.
     clock: a name of CLOCKS, how the extractor, and hence the heads, read the VP time.
     parts: that batches are divided into among ranks, which all call this; results depend on it, not on the ranks.
-    Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, an unusable member, unknown names.
+    Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, an unusable member,
+    unknown names.
     """
     for images, labels in ((images_train, labels_train), (images_val, labels_val)):
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):

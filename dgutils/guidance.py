@@ -25,7 +25,7 @@ LOG_RATIOS = {"logit": lambda logit: logit, "clipped": lambda logit: logit.clamp
 
 def grad_log_density_ratio(ensemble, x: torch.Tensor, sigma: torch.Tensor, precision: str = "float32",
                            class_labels=None, log_ratio: str = "logit"):  # fmt: skip
-    """Gradient of log r by x, [N, C, H, W], and log r in nats, [N]; both float64.
+    """Gradient of log r by x, [N, C, H, W], and log r in nats, [N]; both float64 (report, eq:ratio).
 
     x is noised in the EDM way, clean + sigma z; the discriminator sees x_vp = x / sqrt(1 + sigma^2) at time
     tau(sigma), so the chain rule brings one factor 1 / sqrt(1 + sigma^2). sigma: [N], float64.
@@ -53,7 +53,7 @@ def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boost
 
 
 class GuidedDenoiser:
-    """A denoiser with discriminator guidance, for `edm_sampler`; use its `churn` too when boosting.
+    """A denoiser with discriminator guidance (report, eq:guided), for `edm_sampler`; use its `churn` too when boosting.
 
     denoise: the unguided denoiser; ensemble: has log_density_ratio(x_vp, vp_time), and class labels as a third
     argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor, weight_2nd_order on

@@ -39,7 +39,7 @@ def _time_from_log_variance(log_one_plus_variance):
 
 
 def sigma_to_vp_time(sigma: torch.Tensor) -> torch.Tensor:
-    """VP time tau of the noise level `sigma` (DG appendix; FACTS section 1). Same shape; dtype kept."""
+    """VP time tau of the noise level `sigma` (DG appendix; report, eq:vp). Same shape; dtype kept."""
     return _time_from_log_variance(torch.log1p(sigma**2))
 
 
@@ -69,7 +69,7 @@ def vp_to_cosine_time(vp_time: torch.Tensor) -> torch.Tensor:
 
 
 def vp_scale(sigma: torch.Tensor) -> torch.Tensor:
-    """Mean scale of the VP process at noise level `sigma`: x_vp = x / sqrt(1 + sigma^2)."""
+    """Mean scale of the VP process at noise level `sigma`: x_vp = x / sqrt(1 + sigma^2) (report, eq:vp)."""
     return (1 + sigma**2).rsqrt()
 
 

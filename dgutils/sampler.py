@@ -96,7 +96,7 @@ def edm_sampler(
     churn: Callable[[int, Churn], Churn] | None = None,
     round_sigma: Callable[[torch.Tensor], torch.Tensor] = lambda sigma: sigma,
 ) -> torch.Tensor:
-    """Images [N, C, H, W], float64, about [-1, 1]: EDM algorithm 2 (Karras et al. 2022).
+    """Images [N, C, H, W], float64, about [-1, 1]: EDM algorithm 2 (Karras et al. 2022; report, eq:denoiser).
 
     noise: one stream per image; sigmas: float64 [num_steps + 1] decreasing to 0 (`karras_sigmas`).
     s_churn, s_noise inside [s_min, s_max]: the base churn. churn(step, (S_churn [N], S_noise [N])): what replaces

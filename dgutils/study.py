@@ -36,12 +36,12 @@ SWEEP = ("num_sweep", "sweep_weights", "sweep_time_mins", "sweep_time_maxs", "sw
 # The faults of the study's ensemble, in the order in which the ladder mends them (`Study.faulty_arm`).
 FAULTS = {
     "raw_logits": "raw logits taken for probabilities",
-    "sequential": "one network carried through all six settings",
-    "wrong_file": "member 1 at an early epoch in slot 3",
-    "last_epoch": "last epochs, not those of the least held-out loss",
-    "boosting": "boosting on the unconditional model",
-    "steps": "as many steps as evaluations were meant",
-    "batch_size": "half the batch in training",
+    "sequential": "one network through all six settings",
+    "wrong_file": "wrong file in slot 3",
+    "last_epoch": "last instead of best epochs",
+    "boosting": "boosting, unconditional",
+    "steps": "steps for evaluations",
+    "batch_size": "half the training batch",
 }
 WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held
 

@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from dgutils import bench
+from dgutils.errors import UserError
 from dgutils.noise import PerSampleNoise, karras_sigmas
 from dgutils.sampler import edm_sampler
 
@@ -30,12 +32,20 @@ def test_calls_take_turns_and_the_median_counts(monkeypatch):
     assert order == ["a", "b"] * 4 and took == {"a": 2, "b": 6}  # the first turns only warm up
 
 
-def test_page_has_every_table(monkeypatch, tmp_path):
+def test_page_has_every_table_and_keeps_what_is_not_measured_again(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "growth", lambda counts, steps: [[f"{counts[0]}", "1.00", "700"]])
     monkeypatch.setattr(bench, "_scores", lambda quick: [["Fréchet distance"] + ["-"] * 9])
-    bench.run(True, tmp_path / "docs" / "bench.md")
-    page = (tmp_path / "docs" / "bench.md").read_text()
+    file = tmp_path / "docs" / "bench.md"
+    bench.run(True, file, ["growth"])
+    assert file.read_text().count("Not measured yet.") == len(bench.TABLES) - 1
+    bench.run(True, file)
+    page = file.read_text()
     assert "which says nothing" in page and torch.__version__ in page
     for title, text, heads in bench.TABLES.values():
-        assert f"## {title}\n\n{text}\n\n| {' | '.join(heads)} |\n" in page
-    assert page.count("Fashion-MNIST, small") == 4
+        assert f"## {title}\n\n{text}\n\n" in page and f"| {' | '.join(heads)} |\n" in page
+    assert page.count("| Fashion-MNIST, small |") == 4
+    monkeypatch.setattr(bench, "growth", lambda counts, steps: [["250", "2.00", "800"]])
+    bench.run(True, file, ["growth"])
+    assert file.read_text() == page.replace("| 250 | 1.00 | 700 |", "| 250 | 2.00 | 800 |")
+    with pytest.raises(UserError, match="unknown measurement 'speed': choose from sampling, "):
+        bench.run(True, file, ["speed"])

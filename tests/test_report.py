@@ -85,6 +85,13 @@ def test_every_figure_and_table_of_the_text_is_made():
     assert {*FIGURES, *TABLES, *used("rescaption")} <= strings(CODE)[0]
 
 
+def test_equations_that_the_code_refers_to_are_in_the_report():
+    text = "".join(path.read_text() for path in (ROOT / "report" / "sections").glob("*.tex"))
+    code = "".join(path.read_text() for path in (ROOT / "dgutils").glob("*.py"))
+    named = set(re.findall(r"\beq:[a-z-]+", code))
+    assert len(named) >= 7 and all(f"\\label{{{name}}}" in text for name in named)
+
+
 def test_what_the_text_says_computes_an_equation_is_a_function():
     names = used("dgcode")
     assert len(names) >= 8
