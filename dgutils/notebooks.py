@@ -4,6 +4,7 @@ import ast
 import difflib
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,9 @@ from .store import FULL_DISK, disk_errors, lock, log_line
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang
+
+# Pictures of a committed run in the sources' markdown, for a code host: an executed copy has figures of its own.
+COMMITTED = re.compile(r"^!\[.*\]\(\.\./figures/.*\)\n+", re.MULTILINE)
 
 logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters typed `a | b`, checked below
 
@@ -213,6 +217,10 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
         if problem := problem or why_incomplete(executed, name):
             os.replace(temporary, failed)
             raise UserError(f"notebook {name} failed: {problem} (see {failed})")
+        for cell in executed.cells:
+            if cell.cell_type == "markdown":
+                cell.source = COMMITTED.sub("", cell.source)
+        nbformat.write(executed, temporary)
         os.replace(temporary, done)
         failed.unlink(missing_ok=True)
         html.write_text(site.notebook_page(done, out_dir.name)[1], encoding="utf-8")

@@ -245,6 +245,8 @@ class Store:
 
     def drop_partial(self, name: str) -> None:
         """Forget the state of work that is finished; where it cannot be removed it does no harm."""
+        if self.dry:  # nothing was finished
+            return
         with suppress(OSError):
             (self.root / "partial" / name).unlink()
 

@@ -43,6 +43,14 @@ def test_source_is_clean_and_its_defaults_are_the_quick_profile(path):
         assert ": " in line and " = " in line and "  # " in line, line
 
 
+def test_pictures_in_the_sources_are_committed_and_are_their_figures():
+    for path in SOURCES:
+        text = "".join(cell.source for cell in nbformat.read(path, 4).cells)
+        shown = re.findall(r"\]\(\.\./figures/cifar10/(\w+)\.png\)", text)
+        assert shown and all(f'"{name}"' in text for name in shown)
+        assert all((ROOT / "figures" / "cifar10" / f"{name}.png").is_file() for name in shown)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
 def test_profiles_name_themselves_and_known_parameters_only(path):
     known = set().union(*(parameters(source) for source in SOURCES))
@@ -62,7 +70,8 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     written = sorted((tmp_path / "report" / "results" / "smoke").glob("*.json"))
     assert len(written) == 6
     for source in SOURCES:
-        assert (tmp_path / "runs" / "smoke" / "notebooks" / source.name).is_file()
+        executed = tmp_path / "runs" / "smoke" / "notebooks" / source.name
+        assert "](../figures/" in source.read_text() and "](../figures/" not in executed.read_text()
         assert (tmp_path / "runs" / "smoke" / "html" / f"{source.stem}.html").stat().st_size > 10_000
         figures = list((tmp_path / "figures" / "smoke").glob(f"{source.stem[:2]}_*.pdf"))
         assert figures and all(f.with_suffix(".png").is_file() for f in figures)

@@ -160,6 +160,14 @@ def test_plan_lists_each_image_once(small):
         space: 150 for space in ("fashion-mnist-adm", "efficientnet-lite0@128")}  # of 100, and of those 50
 
 
+def test_plan_keeps_the_state_of_unfinished_trainings(monkeypatch, tmp_path):
+    study, parameters = dry("quick", monkeypatch, tmp_path)
+    name = study.trained.artifact.name
+    jobs.open_store("quick").save_partial(name, b"ten epochs")
+    plan.steps(parameters)
+    assert jobs.open_store("quick").load_partial(name) == b"ten epochs"
+
+
 def test_plan_of_the_published_profile_needs_no_file(monkeypatch, tmp_path, capsys):
     _, parameters = dry("paper", monkeypatch, tmp_path)
     steps = plan.steps(parameters)
