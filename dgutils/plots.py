@@ -189,9 +189,11 @@ def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
             decades = range(math.ceil(math.log10(typical)), math.ceil(math.log10(largest)) + 1)
             ticks = [10.0**d for d in decades]
             ax.set_xscale("symlog", linthresh=ticks[0], linscale=2)
-            ax.set_xticks([-ticks[0], 0, *ticks], [f"{x:g}" for x in (-ticks[0], 0, *ticks)], minor=False)
+            words = [f"{x:g}" if x < 1000 else f"$10^{{{d}}}$" for x, d in zip(ticks, decades, strict=True)]
+            minus = "\u2212" if ticks[0] < 1000 else "$-$"
+            ax.set_xticks([-ticks[0], 0, *ticks], [minus + words[0], "0", *words], minor=False)
             ax.set_xticks([], minor=True)
-            ax.set_xlabel(f"{label}\nlogarithmic beyond {ticks[0]:g}", linespacing=1)
+            ax.set_xlabel(f"{label}\nlogarithmic beyond {words[0]}", linespacing=1)
         ax.grid(axis="x")
         ax.set_axisbelow(True)
     return fig

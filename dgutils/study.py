@@ -339,14 +339,21 @@ class Study:
         return arms | {f"only_{fault}": self.faulty_arm([fault], f"only: {FAULTS[fault]}") for fault in self.ladder}
 
     def repeat_arms(self) -> dict[str, list[ImageSet]]:
-        """Notebook 06: the key arms, num_key images for each of `repeats` trainings; unguided needs but one."""
-        arms = {"paper": [], "correct": [], "as_run": []}
+        """Notebook 06: the key arms, num_key images for each of `repeats` trainings.
+
+        "correct_steps", if the ladder has that fault: the correct ensemble of as many steps as the study's, which is
+        what "as_run" is to be compared with.
+        """
+        settings = {"correct": [], "as_run": self.ladder}
+        if "steps" in self.ladder:
+            settings["correct_steps"] = ["steps"]
+        arms = {name: [] for name in ("paper", *settings)}
         for repeat in range(self.repeats):
             trained = self.trained_with(f"six discriminators, training {repeat + 1}",
                                         training_seed=self.training_seed + repeat)  # fmt: skip
             guidance = self.guidance((0,), discriminators=trained, state="best")
             arms["paper"].append(self.arm(f"Paper, training {repeat + 1}", guidance, self.num_key))
-            for name, faults in (("correct", []), ("as_run", self.ladder)):
+            for name, faults in settings.items():
                 arms[name].append(self.faulty_arm(faults, f"{name}, training {repeat + 1}", self.num_key, repeat))
         return arms
 
