@@ -286,17 +286,18 @@ def _section(part: str, rows: list, quick: bool) -> str:
     """One table of the page, with where and when it was measured."""
     title, text, heads = TABLES[part]
     about = provenance()
-    where = (f"Measured {datetime.now(UTC):%Y-%m-%d}, code {str(about['revision'])[:10]}, torch {torch.__version__}, on "
-             f"{about['device']}, threads: {torch.get_num_threads()}.")  # fmt: skip
+    where = (f"Measured {datetime.now(UTC):%Y-%m-%d}, code {str(about['revision'])[:10]}, torch {torch.__version__}, "
+             f"on {about['device']}, threads: {torch.get_num_threads()}.")  # fmt: skip
     lines = [f"## {title}", "", text, "", where + " **A trial at tiny sizes, which says nothing.**" * quick, ""]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in [heads, ["---"] * len(heads), *rows])])
+    table = ["| " + " | ".join(map(str, row)) + " |" for row in [heads, ["---"] * len(heads), *rows]]
+    return "\n".join([*lines, *table])
 
 
 def _page(sections: dict[str, str]) -> str:
     """The page from its tables; those that were never measured are named."""
     lines = ["# Speed and memory, measured", "",
-             f"Written by `make bench`. Medians of {RUNS} turns unless a table says otherwise; what is compared takes turns "
-             "within one run, and only ratios are claims."]  # fmt: skip
+             f"Written by `make bench`. Medians of {RUNS} turns unless a table says otherwise; what is compared takes "
+             "turns within one run, and only ratios are claims."]  # fmt: skip
     lines += [f"\n{sections[part]}" if part in sections else f"\n## {title}\n\nNot measured yet."
               for part, (title, _, _) in TABLES.items()]  # fmt: skip
     return "\n".join([*lines, ""])
@@ -322,7 +323,7 @@ def _scores(quick: bool) -> list:
 def run(quick: bool, out: Path, only=()) -> None:
     """Measure and write the page `out`. quick: tiny sizes, to see that it runs.
 
-    only: names of `measures` below; the page's other tables stay as they were measured before. Raises UserError for others.
+    only: names of `measures` below; the other tables of the page stay as they are. Raises UserError for other names.
     """
     names, runs = (list(SIZES)[:1], 1) if quick else (list(SIZES), RUNS)
     measures = {
