@@ -239,6 +239,9 @@ def _legend_above(ax):
 def _band(ax, x, values, index, label):
     """Median over the last axis of values [L, K], NaN left out, with a band from the 10th to the 90th percentile."""
     some = np.isfinite(values).any(axis=1)
+    if not some.any():  # a guide that never acted still has its place in the legend
+        ax.plot([], [], **style(index), label=label)
+        return
     x, (low, middle, high) = x[some], np.nanquantile(values[some], [0.1, 0.5, 0.9], axis=1)
     ax.plot(x, middle, **style(index), label=label)
     ax.fill_between(x, low, high, color=COLOURS[index], alpha=0.2, linewidth=0)

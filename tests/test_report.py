@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import nbformat
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from pypdf import PdfReader
@@ -83,6 +84,12 @@ def test_every_key_of_the_text_is_recorded_or_published():
 
 def test_every_figure_and_table_of_the_text_is_made():
     assert {*FIGURES, *TABLES, *used("rescaption")} <= strings(CODE)[0]
+
+
+def test_a_guide_that_never_acts_is_a_line_of_the_legend():
+    never = np.full((2, 3), np.nan)
+    figure = plots.fault(np.array([0.1, 1.0]), {"all": np.ones(2)}, {"right": np.ones((2, 3)), "fault": never})
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["right", "fault"]
 
 
 def test_equations_that_the_code_refers_to_are_in_the_report():
