@@ -33,8 +33,8 @@ def assets(tmp_path, monkeypatch):
     return folder
 
 
-def test_killed_training_goes_on_to_the_same_bits(assets, tmp_path, monkeypatch):
-    whole = pretrain.train_network("toy", tmp_path / "whole")
+def killed_at_the_fourth_step(out, monkeypatch) -> list:
+    """Begin a training that dies there; what is returned grows by one with each step begun, then and later."""
     real, calls = pretrain.edm.edm_loss, []
 
     def dies_at_the_fourth_step(*args):
@@ -45,7 +45,13 @@ def test_killed_training_goes_on_to_the_same_bits(assets, tmp_path, monkeypatch)
 
     monkeypatch.setattr(pretrain.edm, "edm_loss", dies_at_the_fourth_step)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.train_network("toy", tmp_path / "killed", save_minutes=0)
+        pretrain.train_network("toy", out, save_minutes=0)
+    return calls
+
+
+def test_killed_training_goes_on_to_the_same_bits(assets, tmp_path, monkeypatch):
+    whole = pretrain.train_network("toy", tmp_path / "whole")
+    calls = killed_at_the_fourth_step(tmp_path / "killed", monkeypatch)
     assert len(calls) == 4
     resumed = pretrain.train_network("toy", tmp_path / "killed", save_minutes=0)
     assert len(calls) == 7  # three steps done, three to go
@@ -69,17 +75,7 @@ def test_a_plateau_may_become_longer_or_shorter_until_the_decay_begins(assets, t
     (assets / "toy.yaml").write_text(recipe(80))
     whole = pretrain.train_network("toy", tmp_path / "whole")
     (assets / "toy.yaml").write_text(recipe(48))
-    real, calls = pretrain.edm.edm_loss, []
-
-    def dies_at_the_fourth_step(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(pretrain.edm, "edm_loss", dies_at_the_fourth_step)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.train_network("toy", tmp_path / "out", save_minutes=0)
+    killed_at_the_fourth_step(tmp_path / "out", monkeypatch)
     (assets / "toy.yaml").write_text(recipe(80))
     longer = pretrain.train_network("toy", tmp_path / "out", save_minutes=0)
     assert longer.read_bytes() == whole.read_bytes()
