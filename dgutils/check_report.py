@@ -140,11 +140,11 @@ def identity_problems(pdf: Path, study: Path) -> list[str]:
 
 def check(profile: str) -> list[str]:
     """Build the report and its anonymous copy from a profile's results; what is wrong with them, a line each."""
-    from .report import build
+    from .report import build, build_folder
 
     report = repo_root() / "report"
     lines = text_problems(report)
     for mode in ("preprint", "submission"):
         pdf = build(profile, mode)
-        lines += [f"{mode}: {line}" for line in build_problems(report / "generated" / mode)] + page_problems(pdf)
+        lines += [f"{mode}: {line}" for line in build_problems(report / build_folder(mode))] + page_problems(pdf)
     return lines + identity_problems(pdf, report / "study.bib")

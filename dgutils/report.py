@@ -192,6 +192,12 @@ def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | st
 # --- the PDF
 
 
+def build_folder(mode: str, marks: bool = True) -> Path:
+    """Where LaTeX works on a mode, from the report's folder on: one folder for each thing it would not notice."""
+    official = "-official" if (repo_root() / "report" / "neurips_2018.sty").is_file() else ""
+    return Path("generated", f"{mode}{official}{'' if marks else '-unmarked'}")
+
+
 def build(profile: str, mode: str = "preprint", marks: bool = True, strict: bool = False) -> Path:
     """Build report/report.pdf, or <mode>.pdf for another mode, from a profile's results; nothing changed, nothing done.
 
@@ -207,7 +213,7 @@ def build(profile: str, mode: str = "preprint", marks: bool = True, strict: bool
         print(f"stale: {line}", file=sys.stderr)
     report = repo_root() / "report"
     pretex = rf"\def\dgmode{{{MODES[mode]}}}" + ("" if marks else r"\def\dgoptions{nomarks}")
-    out = f"generated/{mode}{'' if marks else '-unmarked'}"
+    out = build_folder(mode, marks)
     command = ["latexmk", "-pdf", f"-outdir={out}", "-jobname=report", "-interaction=nonstopmode", "-halt-on-error",
                "-Werror", f"-usepretex={pretex}", "main.tex"]  # fmt: skip
     try:

@@ -327,3 +327,30 @@ def test_what_is_missing_stops_the_build(clone, text, message):
 def test_other_modes_are_refused():
     with pytest.raises(UserError, match="unknown mode thesis: there are preprint, final, submission"):
         report.build("smoke", "thesis")
+
+
+# What the official style file gives that the sources may build on, and no more: its options, Times, a page, natbib.
+OFFICIAL = r"""\ProvidesPackage{neurips_2018}[2018/11/19 a stand-in for the official style]
+\newif\if@natbib \@natbibtrue
+\DeclareOption{final}{}\DeclareOption{preprint}{}\DeclareOption{nonatbib}{\@natbibfalse}\ProcessOptions
+\if@natbib\RequirePackage{natbib}\fi
+\RequirePackage[letterpaper, textwidth=5.5in, textheight=9in]{geometry}
+\renewcommand{\rmdefault}{ptm}\renewcommand{\sfdefault}{phv}
+"""
+
+
+@needs_tex
+@pytest.mark.parametrize("official, mode", [
+    (False, "preprint,nonatbib"), (False, "nonatbib"), (True, "preprint"), (True, ""), (True, "final,nonatbib")])
+def test_the_same_sources_build_with_the_official_style_and_without_natbib(clone, monkeypatch, official, mode):
+    monkeypatch.setitem(report.MODES, "preprint", mode)
+    if official:
+        report.build("smoke")  # with our style: dropping the other in must be noticed
+        (clone / "neurips_2018.sty").write_text(OFFICIAL)
+    pdf = report.build("smoke")
+    log = (clone / report.build_folder("preprint") / "report.log").read_text()
+    assert ("neurips_2018.sty" in log) == official and ("neurips_repro.sty" in log) != official
+    assert ("natbib.sty" in log) == ("nonatbib" not in mode)
+    assert check_report.page_problems(pdf) == []
+    named = bool(check_report.identity_problems(pdf, clone / "study.bib"))
+    assert named == ("final" in mode or "preprint" in mode)
