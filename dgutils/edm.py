@@ -72,6 +72,62 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
+CACHED = 2**18  # numbers that `GroupNorm` works on at a time: what fits into a core's cache need not come from memory
+
+
+def _in_parts(*tensors):
+    """Channels-last tensors [N, C, H, W] as rows [n, HW, C] of a few images at a time, `CACHED` numbers each.
+
+    Yields (slice of N, rows of the first, rows of the second, ...).
+    """
+    rows = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in tensors]
+    size = max(1, CACHED // rows[0][0].numel())
+    for start in range(0, len(rows[0]), size):
+        part = slice(start, start + size)
+        yield part, *(x[part] for x in rows)
+
+
+class _Moments(torch.autograd.Function):
+    """Sums over positions of x [N, C, H, W] and of its squares, each [N, C], in float32 or better."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        sums = x.new_empty(2, *x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+        for part, rows in _in_parts(x):
+            rows = rows.to(sums.dtype)
+            torch.sum(rows, 1, out=sums[0, part])
+            torch.sum(rows * rows, 1, out=sums[1, part])
+        return sums[0], sums[1]
+
+    @staticmethod
+    def backward(ctx, by_sum, by_square):
+        (x,) = ctx.saved_tensors
+        grad = torch.empty_like(x)
+        for part, rows, out in _in_parts(x, grad):
+            out.copy_((rows.to(by_sum.dtype) * (2 * by_square[part, None])).add_(by_sum[part, None]))
+        return grad
+
+
+class _Affine(torch.autograd.Function):
+    """shift + x scale: x [N, C, H, W], scale and shift [N, C]."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift):
+        ctx.save_for_backward(x, scale)
+        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        by_x, by_scale, by_shift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+        for part, grad_rows, rows, out in _in_parts(grad, x, by_x):
+            torch.mul(grad_rows, scale[part, None], out=out)
+            torch.sum(grad_rows * rows, 1, out=by_scale[part])
+            torch.sum(grad_rows, 1, out=by_shift[part])
+        return by_x, by_scale, by_shift
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation that is fast for channels-last tensors, where torch's CPU kernel is 5-10x slower.
 
@@ -89,13 +145,12 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x)
         n, c, height, width = x.shape
         g, size = self.num_groups, height * width * (c // self.num_groups)
-        rows = x.permute(0, 2, 3, 1).reshape(n, height * width, c)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        mean = rows.sum(1).view(n, g, -1).sum(2) / size  # [N, G]
-        var = (rows * rows).sum(1).view(n, g, -1).sum(2) / size - mean**2
+        sums, squares = _Moments.apply(x)
+        mean = sums.view(n, g, -1).sum(2) / size  # [N, G]
+        var = squares.view(n, g, -1).sum(2) / size - mean**2
         scale = (var.clamp(min=0) + self.eps).rsqrt().repeat_interleave(c // g, 1) * self.weight  # [N, C]
         shift = self.bias - mean.repeat_interleave(c // g, 1) * scale
-        return torch.addcmul(shift[:, :, None, None].to(x.dtype), x, scale[:, :, None, None].to(x.dtype))
+        return _Affine.apply(x, scale.to(x.dtype), shift.to(x.dtype))
 
 
 class UNetBlock(nn.Module):
