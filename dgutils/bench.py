@@ -2,7 +2,8 @@
 
 Whatever is compared takes turns, so that other work on the machine weighs on all of it. The published loop that ours is
 measured against is written out below from its description (EDM algorithm 2, DG eq. 8): float32, eager, default memory
-layout, one network evaluation at a time, extractor and head called for each member.
+layout, one network evaluation at a time, extractor and head called for each member, the extractor's attention computed
+once more in the backward pass.
 """
 
 import copy
@@ -20,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from . import bench_metrics, checkpoints, datasets, jobs
-from .adm import EncoderUNet, Stem
+from .adm import AttentionBlock, EncoderUNet, Stem
 from .discriminator import Ensemble, MemberConfig, init_head, perturb, train_discriminators
-from .edm import Denoiser
+from .edm import Denoiser, UNetBlock
 from .errors import UserError
 from .guidance import GuidedDenoiser, grad_log_density_ratio
 from .noise import PerSampleNoise, karras_sigmas, keyed_rng, sigma_to_vp_time, vp_scale
@@ -42,6 +44,7 @@ SIZES = {
     "CIFAR-10, published": ("edm-cifar10-32x32-uncond-vp", "32x32_classifier", 128, 2, 64, 8, 3),
 }
 WEIGHT, TIME_MIN, TIME_MAX = 2.0, 0.01, 1.0
+WHOLE = 18  # steps of EDM on CIFAR-10: images are compared at the end of those; speed needs a few
 
 
 # ---- the published loop ------------------------------------------------------------------
@@ -54,12 +57,44 @@ class _PlainStem(torch.nn.Conv2d):
         return super().forward(x)
 
 
+class _PlainAttention(AttentionBlock):
+    """ADM's attention as published: whole matrices of weights, and all of it once more in the backward pass."""
+
+    def forward(self, x, embedding):
+        return checkpoint(self._attend, x, use_reentrant=False)
+
+    def _attend(self, x):
+        n, channels = x.shape[:2]
+        qkv = self.qkv(self.norm(x).flatten(2)).view(n * self.heads, 3, channels // self.heads, -1)
+        q, k, v = qkv.unbind(1)  # [N heads, c, T] each
+        scale = q.shape[1] ** -0.25
+        weights = torch.einsum("nct,ncs->nts", q * scale, k * scale).softmax(2)
+        h = torch.einsum("nts,ncs->nct", weights, v).reshape(n, channels, -1)
+        return x + self.proj_out(h).view_as(x)
+
+
+class _PlainBlock(UNetBlock):
+    """EDM's block, whose attention forms whole matrices of weights, as published."""
+
+    def forward(self, x, emb):
+        self.attention, attends = False, self.attention
+        x = super().forward(x, emb)
+        self.attention = attends
+        if not attends:
+            return x
+        q, k, v = self.qkv(self.norm2(x)).view(*x.shape[:2], 3, -1).unbind(2)  # [N, C, T] each
+        weights = torch.einsum("nct,ncs->nts", q, k / math.sqrt(q.shape[1])).softmax(2)
+        return (x + self.proj(torch.einsum("nts,ncs->nct", weights, v).view_as(x))) * math.sqrt(0.5)
+
+
+PLAIN = {Stem: _PlainStem, AttentionBlock: _PlainAttention, UNetBlock: _PlainBlock}
+
+
 def _plain(network):
     """A copy of a network in the default memory layout, as the published code runs it."""
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for module in network.modules():
-        if isinstance(module, Stem):
-            module.__class__ = _PlainStem
+        module.__class__ = PLAIN.get(type(module), type(module))
     return network
 
 
@@ -149,11 +184,11 @@ def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
         heads, sigmas = _heads(extractor_name, *head, 6), karras_sigmas(steps).to(jobs.device())
         plain_heads = [_plain(head) for head in heads]
 
-        def ours(count, precision, score=score, extractor=extractor, heads=heads, sigmas=sigmas, size=size):
+        def ours(count, precision, sigmas=sigmas, size=size, score=score, extractor=extractor, heads=heads):
             noise = PerSampleNoise(range(size), score.shape, jobs.device())
             return edm_sampler(_guided(score, extractor, heads[:count], precision), noise, sigmas)
 
-        def published(score=plain_score, extractor=plain_extractor, heads=plain_heads, sigmas=sigmas, size=size):
+        def published(sigmas=sigmas, size=size, score=plain_score, extractor=plain_extractor, heads=plain_heads):
             noise = PerSampleNoise(range(size), score.shape, jobs.device())
             return plain_sampler(score, extractor, heads[:1], noise, sigmas)
 
@@ -165,10 +200,12 @@ def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
                       f"{took['published'] / took['float32']:.2f}", f"{took['published'] / took['default']:.2f}"])
         members.append([name, size, f"{rates['default']:.3g}", f"{rates['six']:.3g}",
                         f"{took['six'] / took['default']:.2f}"])  # fmt: skip
-        theirs, exact, rounded = published(), ours(1, "float32"), ours(1, default)
+        whole = karras_sigmas(WHOLE if runs > 1 else steps).to(jobs.device()), min(size, 24)
+        theirs, exact, rounded = published(*whole), ours(1, "float32", *whole), ours(1, default, *whole)
         grey = np.abs(datasets.to_uint8(rounded).astype(int) - datasets.to_uint8(theirs).astype(int))
         error = ((exact - theirs).abs().max() / theirs.abs().max()).item()
-        agreement.append([name, f"{error:.1e}", default, f"{100 * (grey <= 1).mean():.3f} %", int(grey.max())])
+        agreement.append([name, len(theirs), len(whole[0]) - 1, f"{error:.1e}", default,
+                          f"{100 * (grey <= 1).mean():.3f} %", int(grey.max())])  # fmt: skip
     return {"speed": speed, "agreement": agreement, "members": members}
 
 
@@ -261,7 +298,8 @@ TABLES = {  # part -> title, what it says, heads of the columns
     "agreement": ("The same images",
                   "Against the published loop's at the same noise: relative error of ours in float32, and pixels "
                   "within one grey level in the default precision.",
-                  ["networks", "relative error", "default", "within 1 grey level", "largest difference"]),
+                  ["networks", "images", "steps", "relative error", "default", "within 1 grey level",
+                   "largest difference"]),
     "members": ("Six discriminators against one",
                 "Guided sampling, default precision; the last column is what six cost when one costs 1.",
                 ["networks", "batch", "images/s, one", "images/s, six", "cost"]),

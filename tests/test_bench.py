@@ -22,7 +22,9 @@ def test_the_published_loop_draws_our_images():
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     unguided = edm_sampler(lambda x, sigma, *_: score(x, sigma).double(), draw(), sigmas)
     assert (ours - unguided).abs().max() > 1e-2  # guidance is part of what agrees
-    assert type(plain[1].input_blocks[0][0]) is bench._PlainStem and type(extractor.input_blocks[0][0]) is bench.Stem
+    kinds = [{type(module) for network in networks for module in network.modules()}
+             for networks in ([score, extractor, *heads], plain)]
+    assert set(bench.PLAIN) <= kinds[0] and set(bench.PLAIN.values()) <= kinds[1] and not set(bench.PLAIN) & kinds[1]
 
 
 def test_calls_take_turns_and_the_median_counts(monkeypatch):
