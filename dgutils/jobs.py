@@ -526,9 +526,11 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
     def compute_shard(rows):
         try:
             values = encode(source.images[rows.start : rows.stop], space)
-        except UserError as error:  # it counts rows from the shard's first
-            seed = f", seed {images.seeds[rows.start]}" if images.seeds else ""
-            raise UserError(f"{images.label}, counted from image {rows.start}{seed}: {error}") from error
+        except metrics.NotFiniteRows as error:  # it counts from the shard's first
+            numbers = [rows.start + row for row in error.rows[:8]]
+            which = f"seeds {[images.seeds[i] for i in numbers]}" if images.seeds else f"images {numbers}"
+            raise UserError(f"{images.label}: the {space} features of {len(error.rows)} images are not finite, "
+                            f"{which}: look at them, and at the networks that drew them") from error
         return {"features": np.pad(values, ((0, len(rows) - len(values)), (0, 0)))}  # the last shard may want a few
 
     return feature_rows(store, images, space).ensure(images.n, compute_shard).load(images.n, "features")

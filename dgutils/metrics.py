@@ -21,6 +21,15 @@ from .errors import UserError
 DEFAULT_SPACE = "efficientnet-lite0@128"
 
 
+class NotFiniteRows(UserError):
+    """For who knows better what the rows are: their numbers are in `rows`."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows.tolist()
+        some = ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
+        super().__init__(f"{len(rows)} feature rows are not finite (rows {some}): check those images")
+
+
 def _checked(features, at_least: int = 1, like: np.ndarray | None = None) -> np.ndarray:
     """Features [N,d] in their own float32 or float64, all else as float64.
 
@@ -33,8 +42,7 @@ def _checked(features, at_least: int = 1, like: np.ndarray | None = None) -> np.
     if len(x) < at_least:
         raise UserError(f"need at least {at_least} feature rows, got {len(x)}: score more images")
     if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
-        rows = ", ".join(map(str, bad[:8])) + (" ..." if len(bad) > 8 else "")
-        raise UserError(f"{len(bad)} feature rows are not finite (rows {rows}): check those images")
+        raise NotFiniteRows(bad)
     if like is not None:
         _same_dim(like, x)
     return x

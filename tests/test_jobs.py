@@ -237,3 +237,18 @@ if __name__ == "__main__":
         content = measured(Store(folder, print))
     with open(GOLDEN, "w") as file:
         json.dump(content, file, indent=1)
+
+
+def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypatch):
+    images, extract = jobs.generate(store, sampling(), 24, 100), jobs.metrics.extract
+    bad = images.images[[10, 17]]
+
+    def spoilt(pixels, encode, *arguments, **options):
+        features = extract(pixels, encode, *arguments, **options)
+        features[[any(np.array_equal(image, other) for other in bad) for image in pixels]] = np.nan
+        return jobs.metrics._checked(features)
+
+    monkeypatch.setattr(jobs.metrics, "extract", spoilt)
+    monkeypatch.setattr(jobs, "FEATURE_SHARD", 8)
+    with pytest.raises(UserError, match=r"images: the tiny features of 1 images are not finite, seeds \[110\]: look"):
+        jobs.features(store, images, "tiny")
