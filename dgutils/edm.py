@@ -72,16 +72,16 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
-CACHED = 2**18  # numbers that `GroupNorm` works on at a time: what fits into a core's cache need not come from memory
+CACHED = 2**18  # numbers a thread that `GroupNorm` works on at a time: what fits into the cache need not come from memory
 
 
 def _in_parts(*tensors):
-    """Channels-last tensors [N, C, H, W] as rows [n, HW, C] of a few images at a time, `CACHED` numbers each.
+    """Channels-last tensors [N, C, H, W] as rows [n, HW, C] of a few images at a time, `CACHED` numbers a thread.
 
     Yields (slice of N, rows of the first, rows of the second, ...).
     """
     rows = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in tensors]
-    size = max(1, CACHED // rows[0][0].numel())
+    size = max(1, CACHED * torch.get_num_threads() // rows[0][0].numel())
     for start in range(0, len(rows[0]), size):
         part = slice(start, start + size)
         yield part, *(x[part] for x in rows)
