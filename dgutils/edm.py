@@ -72,7 +72,7 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
-CACHED = 2**18  # numbers a thread that `GroupNorm` works on at a time: what fits into the cache need not come from memory
+CACHED = 2**18  # numbers a thread that `GroupNorm` works on at a time: what fits into the cache spares the memory
 
 
 def _in_parts(*tensors):
