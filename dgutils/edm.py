@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .errors import UserError
@@ -101,6 +102,7 @@ class _Moments(torch.autograd.Function):
         return sums[0], sums[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, by_sum, by_square):
         (x,) = ctx.saved_tensors
         grad = torch.empty_like(x)
@@ -118,6 +120,7 @@ class _Affine(torch.autograd.Function):
         return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, scale = ctx.saved_tensors
         by_x, by_scale, by_shift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)

@@ -42,13 +42,40 @@ def test_layouts_agree(patch_size):
     assert (network.to(memory_format=torch.channels_last)(x, 0.7) - contiguous).abs().max() < 1e-12
 
 
-def test_group_norm_matches_torch_on_channels_last():
-    norm = edm.GroupNorm(24).double()
+def normed(norm, x, push):
+    """GroupNorm's output, and the gradients of <output, push> by input, weight and bias."""
+    x = x.detach().requires_grad_()
+    y = norm(x)
+    return y, *torch.autograd.grad((y * push).sum(), (x, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("cached", [1, 800, 10**6])
+def test_group_norm_and_its_gradients_match_torch_on_channels_last(monkeypatch, cached):
+    """In one part, in two, and image by image."""
+    monkeypatch.setattr(edm, "CACHED", cached)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    norm, push = edm.GroupNorm(24).double(), torch.randn(3, 24, 4, 4).double()
     norm.weight.data.normal_()
     norm.bias.data.normal_()
     x = (5 + 2 * torch.randn(3, 24, 4, 4).double()).to(memory_format=torch.channels_last)
-    expected = torch.nn.functional.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
-    assert (norm(x) - expected).abs().max() < 1e-12
+    for ours, theirs in zip(normed(norm, x, push), normed(norm, x.contiguous(), push), strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_group_norm_has_the_same_bits_in_any_number_of_parts(monkeypatch, dtype):
+    norm, push = edm.GroupNorm(24), torch.randn(5, 24, 4, 4).to(dtype)
+    x = torch.randn(5, 24, 4, 4).to(dtype, memory_format=torch.channels_last)
+    whole = normed(norm, x, push)
+    monkeypatch.setattr(edm, "CACHED", 1)
+    assert all(torch.equal(part, one) for part, one in zip(normed(norm, x, push), whole, strict=True))
+
+
+def test_group_norm_refuses_second_derivatives():
+    x = torch.randn(1, 8, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(edm.GroupNorm(8)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_sigma_per_image_is_sigma_one_by_one():
