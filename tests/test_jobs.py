@@ -229,16 +229,6 @@ def test_numbers_change_only_with_their_version(store):
         assert same, f"{step}: its numbers changed and jobs.VERSIONS['{step}'] did not"
 
 
-if __name__ == "__main__":
-    import tempfile
-
-    use_tiny_networks(pytest.MonkeyPatch())
-    with tempfile.TemporaryDirectory() as folder:
-        content = measured(Store(folder, print))
-    with open(GOLDEN, "w") as file:
-        json.dump(content, file, indent=1)
-
-
 def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypatch):
     images, extract = jobs.generate(store, sampling(), 24, 100), jobs.metrics.extract
     bad = images.images[[10, 17]]
@@ -252,3 +242,13 @@ def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypat
     monkeypatch.setattr(jobs, "FEATURE_SHARD", 8)
     with pytest.raises(UserError, match=r"images: the tiny features of 1 images are not finite, seeds \[110\]: look"):
         jobs.features(store, images, "tiny")
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    use_tiny_networks(pytest.MonkeyPatch())
+    with tempfile.TemporaryDirectory() as folder:
+        content = measured(Store(folder, print))
+    with open(GOLDEN, "w") as file:
+        json.dump(content, file, indent=1)
