@@ -45,6 +45,9 @@ FAULTS = {
 }
 WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held
 
+# Parameters that count something there must be.
+COUNTS = ("num_eval", "num_fake", "num_reference", "num_resamples", "num_key", "repeats", "seed_blocks", "worse_steps")
+
 # Ensembles beyond the study's (`Study.variant_arms`).
 VARIANTS = {
     "bootstrap": "members on bootstrap samples",
@@ -124,7 +127,14 @@ class Study:
         if missing := [name for name in names if name not in namespace]:
             raise UserError(f"parameters missing from the notebook's first cell: {', '.join(missing)}")
         study = cls(**{name: namespace[name] for name in names})
-        study.guidance(discriminators=None)  # what is impossible in tables 1 and 2 is said now, not hours later
+        # What is impossible is said now, not hours later.
+        for name in COUNTS:
+            if namespace[name] < 1:
+                raise UserError(f"{name} is {namespace[name]}: at least 1")
+        for what, names, known in (("fault", study.ladder, FAULTS), ("variant", study.variants, VARIANTS)):
+            if unknown := [name for name in names if name not in known]:
+                raise UserError(f"unknown {what} {unknown[0]!r}: choose from {', '.join(known)}")
+        study.guidance(discriminators=None)
         study.training()
         return study
 
@@ -307,8 +317,6 @@ class Study:
 
         `as_run` has the settings of the study's that faults stand for. repeat: which training, of other seeds.
         """
-        if unknown := set(faults) - FAULTS.keys():
-            raise UserError(f"unknown fault {sorted(unknown)[0]!r}: choose from {', '.join(FAULTS)}")
         changes = {"sequential": "sequential" in faults, "training_seed": self.training_seed + repeat}
         if "batch_size" in faults:
             changes["discriminator_batch_size"] = self.as_run["discriminator_batch_size"]
@@ -372,12 +380,10 @@ class Study:
                 guidance = self.guidance(self.everyone, "mean_probability", discriminators=self.long_trained)
             elif name == "best":
                 guidance = self.guidance(self.everyone, "mean_probability", state="best")
-            elif name in ("worse", "tasks"):
+            else:  # "worse" or "tasks"
                 against = self.worse_trained
                 joint = Joint((self.trained, against)) if name == "tasks" else against
                 guidance = self.guidance((0, 1) if name == "tasks" else (0,), discriminators=joint)
-            else:
-                raise UserError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
             arms[name] = self.arm(VARIANTS[name], guidance)
         return arms
 

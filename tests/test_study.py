@@ -106,14 +106,20 @@ def test_repeats_are_independent_trainings_on_the_same_image_seeds(monkeypatch, 
     assert arms["as_run"][0].rows.artifact.digest == study.ladder_arms()["as_run"].rows.artifact.digest
 
 
-def test_variants_differ_and_unknown_names_are_refused(monkeypatch, tmp_path):
+def test_variants_differ(monkeypatch, tmp_path):
     study, _ = dry("quick", monkeypatch, tmp_path, variants=list(VARIANTS))
     assert len({arm.digest for arm in study.variant_arms().values()}) == len(VARIANTS)
-    with pytest.raises(UserError, match="unknown fault 'raw': choose from raw_logits, "):
-        study.faulty_arm(["raw"], "x")
-    study, _ = dry("quick", monkeypatch, tmp_path, variants=["boost"])
-    with pytest.raises(UserError, match="unknown variant 'boost': choose from bootstrap, "):
-        study.variant_arms()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(ladder=["raw"]), "unknown fault 'raw': choose from raw_logits, "),
+    (dict(variants=["boost"]), "unknown variant 'boost': choose from bootstrap, "),
+    (dict(repeats=-1), "repeats is -1: at least 1"),
+    (dict(num_eval=0), "num_eval is 0: at least 1"),
+    (dict(boosting="sometimes"), "unknown boosting 'sometimes'")])
+def test_what_is_impossible_is_said_before_anything_is_made(changes, message):
+    with pytest.raises(UserError, match=message):
+        Study.from_parameters(notebooks.every_parameter("quick") | changes)
 
 
 # --- the plan
