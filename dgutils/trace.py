@@ -80,7 +80,7 @@ def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
     """
     stored: dict[str, list[dict]] = {}  # an artifact's digest -> its manifest, or those of its shards in order
     root = runs_dir(profile) / "store"
-    for path in sorted(root.glob("*/*/manifest.json")) + sorted(root.glob("*/*/shard_*/manifest.json")):
+    for path in sorted(root.glob("*/*/manifest.json")) + sorted(root.glob("*/*/shard_?????/manifest.json")):
         if manifest := read_manifest(path.parent):
             stored.setdefault(manifest["digest"], []).append(manifest)
     found: dict[str, dict] = {}

@@ -59,7 +59,8 @@ def small_study(folder):
         calls.append(arguments)
         doomed = folder / "die"
         if len(calls) == 2 and doomed.exists() and doomed.read_text() == os.environ.get("RANK"):
-            done = {str(path): path.stat().st_mtime_ns for path in folder.glob("generate/*/shard_*/manifest.json")}
+            finished = folder.glob("generate/*/shard_?????/manifest.json")  # without those in the making, shard_*.tmp
+            done = {str(path): path.stat().st_mtime_ns for path in finished}
             (folder / "died").write_text(json.dumps(done))
             doomed.unlink()
             os.kill(os.getpid(), signal.SIGKILL)

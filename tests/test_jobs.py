@@ -187,7 +187,7 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
         time.sleep(0.002)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    finished = len(list((tmp_path / "killed").glob("generate/*/shard_*/manifest.json")))
+    finished = len(list((tmp_path / "killed").glob("generate/*/shard_?????/manifest.json")))
     lines = []
     resumed = jobs.generate(Store(tmp_path / "killed", lines.append), sampling(), 64)
     assert 2 <= finished < 8 and "of 8 shards stored" in lines[0], (finished, lines)
