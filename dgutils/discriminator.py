@@ -7,7 +7,10 @@ generated images after both were noised.  For balanced classes the head's logit 
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -243,12 +246,52 @@ class _Trainee:
         self.history.append(row)
 
 
-def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, clock, parts, learn):
+@contextmanager
+def _side_by_side(device):
+    """Yields each(function, *sequences), which calls the function with the first of all, the second of all, and so on.
+
+    On a CPU each call has one thread, and as many run at once as there are threads: heads are too small for more,
+    and their gradients' last bits would depend on the number.
+    """
+    if device.type != "cpu":
+        yield lambda function, *sequences: list(map(function, *sequences))
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda function, *sequences: list(pool.map(function, *sequences))
+    finally:
+        torch.set_num_threads(threads)  # of threads to come: the setting above is theirs, too
+
+
+def _take_turn(features, label, time, precision, learn, trainee, see, count, total):
+    """A trainee's loss on part of a batch, added to `total` with what it got right and saw; its gradient with learn.
+
+    features [n, F, h, w], label [n] and time [n] of all; it sees row i see[i] times. count: what it sees of the batch.
+    """
+    seen = torch.arange(len(see)).repeat_interleave(see)
+    if len(seen) == 0:
+        return
+    # All of them, in order: no copy, which would also forget the fast memory layout.
+    seen = slice(None) if torch.equal(seen, torch.arange(len(see))) else seen.to(features.device)
+    target = label[seen]
+    with torch.set_grad_enabled(learn), autocast(features.device, precision):
+        logit = trainee.head(features[seen], time[seen])[:, 0].float()
+        loss = F.binary_cross_entropy_with_logits(logit, target, reduction="sum")
+    if learn:
+        (loss / count).backward()
+    correct = ((logit > 0) == (target > 0.5)).sum()
+    total += torch.stack([loss.detach(), correct, correct.new_tensor(len(logit))])
+
+
+def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, clock, parts, learn,
+                 each):  # fmt: skip
     """One pass over images[order]: losses and accuracies [len(trainees), 2], in nats and as fractions.
 
     Every batch goes through the extractor once and then through each trainee's head.  Times have the training
     density on [t_min, 1]; a trainee with a larger min_time uses only those at or above it, which have exactly
     the training density of its own interval.  With learn, each trainee steps on each full batch.
+    each: of `_side_by_side`, by which the trainees' turns on a batch are taken.
     parts: each batch falls into so many, dealt to the ranks of the group and added up in their order: the same
     bits for any number of ranks, as all draw the whole batch's noise.
     """
@@ -272,20 +315,9 @@ def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_s
                 return
             with torch.no_grad(), autocast(device, precision):
                 features = extractor.features(x_vp[mine].to(device), time[mine])
-            for trainee, see, total in zip(trainees, sees, totals[part], strict=True):
-                seen = torch.arange(len(mine)).repeat_interleave(see[mine])
-                if len(seen) == 0:
-                    continue
-                # All of them, in order: no copy, which would also forget the fast memory layout.
-                seen = slice(None) if torch.equal(seen, torch.arange(len(mine))) else seen.to(device)
-                target = label[mine][seen]
-                with torch.set_grad_enabled(learn), autocast(device, precision):
-                    logit = trainee.head(features[seen], time[mine][seen])[:, 0].float()
-                    loss = F.binary_cross_entropy_with_logits(logit, target, reduction="sum")
-                if learn:
-                    (loss / see.sum()).backward()
-                correct = ((logit > 0) == (target > 0.5)).sum()
-                total += torch.stack([loss.detach(), correct, correct.new_tensor(len(logit))])
+
+            turn = partial(_take_turn, features, label[mine], time[mine], precision, learn)
+            each(turn, trainees, [see[mine] for see in sees], [see.sum() for see in sees], totals[part])
 
         if learn:
             ranks.sum_gradients(weights, parts, one_part)
@@ -371,28 +403,29 @@ def train_discriminators(
             own = {k.removeprefix(f"{m}."): v for k, v in tensors.items() if k.startswith(f"{m}.")}
             trainee.load(own, list(info["histories"][m]))
 
-    for number, (epoch, active) in list(enumerate(rounds))[rounds_done:]:
-        if sequential and epoch == 0 and number > 0:
-            trainees[active[0]].head.load_state_dict(trainees[active[0] - 1].head.state_dict())
-        now = [trainees[m] for m in active]
-        rng = keyed_rng(seed, number, 0, TRAINING)
-        train = _run_batches(
-            extractor, now, images_train, labels_train, rng.permutation(len(images_train)),
-            min(trainee.config.min_time for trainee in now), rng, batch_size, precision, clock,
-            parts, learn=True)
-        val = _run_batches(
-            extractor, now, images_val, labels_val, np.arange(len(images_val)),
-            min(config.min_time for config in members), keyed_rng(seed, 0, 0, VALIDATION),
-            batch_size, precision, clock, parts, learn=False)
-        for trainee, train_scores, val_scores in zip(now, train.tolist(), val.tolist(), strict=True):
-            row = {"epoch": epoch + 1, "train_loss": train_scores[0], "train_accuracy": train_scores[1],
-                   "val_loss": val_scores[0], "val_accuracy": val_scores[1]}
-            trainee.record(row)
-            if progress:
-                progress(trainee.config.name, row)
-        if checkpoint:
-            tensors = {f"{m}.{k}": v for m, t in enumerate(trainees) for k, v in t.tensors().items()}
-            checkpoint(tensors, {"rounds_done": number + 1, "histories": [list(t.history) for t in trainees]})
+    with _side_by_side(device) as each:
+        for number, (epoch, active) in list(enumerate(rounds))[rounds_done:]:
+            if sequential and epoch == 0 and number > 0:
+                trainees[active[0]].head.load_state_dict(trainees[active[0] - 1].head.state_dict())
+            now = [trainees[m] for m in active]
+            rng = keyed_rng(seed, number, 0, TRAINING)
+            train = _run_batches(
+                extractor, now, images_train, labels_train, rng.permutation(len(images_train)),
+                min(trainee.config.min_time for trainee in now), rng, batch_size, precision, clock,
+                parts, True, each)
+            val = _run_batches(
+                extractor, now, images_val, labels_val, np.arange(len(images_val)),
+                min(config.min_time for config in members), keyed_rng(seed, 0, 0, VALIDATION),
+                batch_size, precision, clock, parts, False, each)
+            for trainee, train_scores, val_scores in zip(now, train.tolist(), val.tolist(), strict=True):
+                row = {"epoch": epoch + 1, "train_loss": train_scores[0], "train_accuracy": train_scores[1],
+                       "val_loss": val_scores[0], "val_accuracy": val_scores[1]}
+                trainee.record(row)
+                if progress:
+                    progress(trainee.config.name, row)
+            if checkpoint:
+                tensors = {f"{m}.{k}": v for m, t in enumerate(trainees) for k, v in t.tensors().items()}
+                checkpoint(tensors, {"rounds_done": number + 1, "histories": [list(t.history) for t in trainees]})
 
     return [TrainedMember(t.config, t.state(), t.best_state, t.kept, t.history) for t in trainees]
 

@@ -222,6 +222,29 @@ def test_same_seed_same_bits_and_members_differ():
     assert equal_states(train(members[:1])[0].last_state, first[0].last_state)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_any_number_of_threads_trains_to_the_same_bits(precision):
+    class Pixels(CountingExtractor):
+        """Computes nothing: what does may round differently with other threads."""
+
+        def features(self, x, vp_time):
+            return x
+
+    head = dict(HEAD, image_size=8, in_channels=32, model_channels=32, num_res_blocks=1, num_head_channels=32)
+    images, labels = np.random.default_rng(0).integers(0, 256, (128, 8, 8, 32), np.uint8), np.arange(128) % 2
+    members, threads, states = [member("a", 1), member("b", 1, min_time=0.1)], torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            trained = train_discriminators(Pixels(), head, images, labels, images[:32], labels[:32], members, 64, 0,
+                                           precision)  # fmt: skip
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(threads)
+        states.append([one.last_state for one in trained])
+    assert all(equal_states(a, b) for other in states[1:] for a, b in zip(states[0], other, strict=True))
+
+
 def test_one_extractor_pass_a_batch_for_all_members():
     extractor = CountingExtractor()
     train([member("a"), member("b"), member("c", epochs=1)], extractor)
