@@ -7,10 +7,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed: the same bits, and guidance 1.1 to 1.3 times as fast. False without glibc.
+    """Have glibc keep what is freed: the same bits, in less time. False without glibc.
 
-    By default glibc returns it, and every step pays for fetching and clearing the pages again. Blocks above 32 MiB,
-    the most that may be set, are still returned, so that one large array does not stay with the process.
+    By default glibc returns it, and a step that frees much pays for fetching and clearing the pages again. Blocks above
+    32 MiB, the most that may be set, are still returned, so that one large array does not stay with the process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     options = ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
