@@ -167,10 +167,14 @@ def provenance() -> dict:
         cpuinfo = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
         device = f"{model[1].strip() if model else platform.machine()}, {os.cpu_count()} cores"
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    def git(*arguments):
+        command = ["git", "--no-optional-locks", "-C", Path(__file__).parent, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        revision = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                                  check=True).stdout.strip()
+        # What notebooks write beside the code, results and figures, makes no other code.
+        code = (":/", ":(top,exclude)report/results", ":(top,exclude)figures")
+        revision = git("rev-parse", "HEAD") + "-dirty" * bool(git("diff", "--name-only", "HEAD", "--", *code))
     except (OSError, subprocess.CalledProcessError):
         revision = None
     versions = {name: metadata.version(name) for name in ("torch", "numpy")}

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -587,3 +588,28 @@ def test_write_file_replaces_whole(tmp_path):
     for text in ("old", "new"):
         write_file(path, json.dumps(text).encode())
     assert path.read_text() == '"new"' and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_revision_is_dirty_by_code_and_not_by_results(tmp_path):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e@example.com", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+    def dirty():
+        script = "from dgutils.store import provenance; print(provenance()['revision'])"
+        return subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, text=True,
+                              stdout=subprocess.PIPE).stdout.strip().endswith("-dirty")  # fmt: skip
+
+    shutil.copytree(REPO / "dgutils", tmp_path / "dgutils", ignore=shutil.ignore_patterns("assets"))
+    (tmp_path / "report/results").mkdir(parents=True)
+    result = tmp_path / "report/results/01.json"
+    result.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    assert not dirty()
+    result.write_text("2")
+    assert not dirty()
+    with open(tmp_path / "dgutils/errors.py", "a") as file:
+        file.write("# changed\n")
+    assert dirty()
