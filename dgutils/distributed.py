@@ -231,7 +231,9 @@ def _failures(folder: Path) -> list[dict]:
 def reporting() -> Iterator[None]:
     """Under torchrun, leave why this rank stopped where its agent shows it, and exit with a status.
 
-    A UserError would come again: the ranks that torchrun starts after one repeat it and stop at once.
+    A UserError would come again: the ranks that torchrun starts after one repeat it and stop at once. The process ends
+    with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
+    exception"), and a rank that had done its work would count as failed.
     """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         yield
@@ -239,11 +241,14 @@ def reporting() -> Iterator[None]:
     file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # who sent it to torchrun hears from torchrun
 
+    def leave(status):
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)  # at once: taking down a broken group may hang, or end in a message of its own
+
     def stop(message, kind, status):
         about = {"py_callstack": message, "timestamp": str(int(time.time()))}
         file.write_text(json.dumps({"message": {"message": message, "kind": kind, "extraInfo": about}}))
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)  # at once: taking down a broken group may hang, or end in a message of its own
+        leave(status)
 
     earlier = _failures(file.parents[1].with_name(f"attempt_{attempt - 1}")) if attempt else []
     if earlier and earlier[0]["kind"] == "UserError":
@@ -261,6 +266,7 @@ def reporting() -> Iterator[None]:
     except Exception as error:
         traceback.print_exc()
         stop(f"rank {os.environ['RANK']}: {type(error).__name__}: {_first_line(error)}", "Exception", 1)
+    leave(0)
 
 
 def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTARTS) -> None:
