@@ -2,7 +2,7 @@
 
 Rooms, from the ground up:
 
-- a process's memory, and the ranks of a run, if it has several: ``memory``, ``distributed``
+- the ranks of a run, if it has several: ``distributed``
 - the method: ``noise``, ``edm`` and ``adm``, ``sampler``, ``discriminator``, ``guidance``; ``toy``, a world in two
   dimensions where all of it is known exactly
 - networks in files: ``unpickle``, ``weights``, ``checkpoints``, ``inspection``, ``standins``

@@ -22,7 +22,6 @@ from .adm import EncoderUNet
 from .discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
 from .errors import UserError
 from .guidance import GuidedDenoiser, check_settings
-from .memory import keep_freed_memory
 from .noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from .paths import runs_dir
 from .sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
@@ -30,7 +29,6 @@ from .store import Artifact, ShardedSet, Store, digest_of_json, log_line
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
-keep_freed_memory()
 
 
 def open_store(profile: str, dry: bool = False) -> Store:

@@ -20,9 +20,7 @@ from tqdm import tqdm
 from . import adm, datasets, edm, noise
 from .checkpoints import ASSETS, model_card, read_tensors, sha256_of, write_tensors
 from .errors import UserError
-from .memory import keep_freed_memory
 
-keep_freed_memory()
 ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
 
 
