@@ -2,7 +2,7 @@
 
 A recipe is data: `assets/<name>.yaml` holds the architecture and every number of the training. Training is
 resumable to the same bits, since every draw is a function of (seed, step), and ends in `<name>.safetensors`
-(the EMA weights in half precision) with its model card `<name>.json`.
+(the EMA weights in bfloat16) with its model card `<name>.json`.
 """
 
 import json
@@ -131,12 +131,20 @@ def _restore(path, model, ema, optimizer):
     return json.loads(metadata["progress"])
 
 
+def _start(name, recipe):
+    """The shipped network whose weights a training without a checkpoint goes on from, or None."""
+    unfinished = (ASSETS / f"{name}.safetensors").is_file() and not model_card(name)["finished"]
+    return name if unfinished else recipe.get("start")
+
+
 def train_network(name: str, out_dir: Path, threads: int | None = None, save_minutes: float = 5.0) -> Path:
     """Train the network of recipe `name`; returns the path of the final weights.
 
-    Goes on from the checkpoint in `out_dir`, to the same bits. Without one it goes on from shipped weights that
-    are not finished (with a fresh optimiser and warm-up, which the model card says), else from the beginning.
-    Raises UserError when the loss is not finite, naming the step.
+    Goes on from the checkpoint in `out_dir`, to the same bits. Without one it goes on from the weights of the network
+    that the recipe names as its `start`, or from its own if they are shipped but not finished (with a fresh optimiser
+    and warm-up, which the model card says), else from the beginning.
+    Raises UserError when the loss is not finite, naming the step, and for a `start` of another architecture or one that
+    has seen all the recipe's images.
     """
     recipe = load_recipe(name)
     training = recipe["training"]
@@ -151,14 +159,19 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     out_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = out_dir / f"{name}.checkpoint.safetensors"
     progress = {"step": 0, "first_step": 0, "seconds": 0.0, "recipe": recipe, "log": []}
-    shipped = ASSETS / f"{name}.safetensors"
     if checkpoint.is_file():
         progress = _restore(checkpoint, model, ema, optimizer)
         if not _same_course(progress["recipe"], recipe, progress["step"]):
             raise UserError(f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
         progress["recipe"] = recipe
-    elif shipped.is_file() and not (card := model_card(name))["finished"]:
-        weights = {key: value.float() for key, value in read_tensors(shipped)[0].items()}
+    elif start := _start(name, recipe):
+        card = model_card(start)
+        if any(card["recipe"][part] != recipe[part] for part in ("architecture", "config")):
+            raise UserError(f"recipe '{name}' cannot go on from '{start}': give both the same architecture and config")
+        if card["images_seen"] >= training["images"]:
+            raise UserError(f"recipe '{name}' goes on from '{start}', which has seen {card['images_seen']:,} images: "
+                            f"give it more than its {training['images']:,}")
+        weights = {key: value.float() for key, value in read_tensors(ASSETS / f"{start}.safetensors")[0].items()}
         model.load_state_dict(weights)
         ema.load_state_dict(weights)
         step = card["images_seen"] // training["batch_size"]
@@ -196,14 +209,18 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
 
 
 def export(name: str, out_dir: Path) -> Path:
-    """Write the EMA weights of a checkpoint in half precision as `<name>.safetensors`, with its model card."""
+    """Write the EMA weights of a checkpoint as `<name>.safetensors`, with its model card.
+
+    In bfloat16: in mixed precision sampling then computes with these very weights, not with others that it rounded.
+    """
     checkpoint = out_dir / f"{name}.checkpoint.safetensors"
     if not checkpoint.is_file():
-        raise UserError(f"nothing to export: {checkpoint} is absent; run `python -m dgutils train {name}` first")
+        raise UserError(f"nothing to export: {checkpoint} is absent; "
+                        f"train it first: `python -m dgutils train-score {name}`, or train-extractor")
     tensors, metadata = read_tensors(checkpoint)
     progress = json.loads(metadata["progress"])
     recipe = progress["recipe"]
-    weights = {k.removeprefix("ema."): v.half() for k, v in tensors.items() if k.startswith("ema.")}
+    weights = {k.removeprefix("ema."): v.bfloat16() for k, v in tensors.items() if k.startswith("ema.")}
     path = out_dir / f"{name}.safetensors"
     write_tensors(path, weights, {"recipe": json.dumps(recipe)})
     card = {

@@ -105,7 +105,10 @@ class Recorder:
             "code": trace.fingerprint(self.notebook),
         }  # fmt: skip
         content = json.loads(json.dumps(content, allow_nan=False))
-        old = read_results(self.path) if self.path.exists() else {}
+        try:
+            old = read_results(self.path)
+        except (FileNotFoundError, NotADirectoryError):  # not looked for before: another process may remove it meanwhile
+            old = {}
         if any(old.get(part) != content[part] for part in content):
             digests = {digest for record in self.records.values() for digest in record["artifacts"]}
             content |= {"provenance": {"date": now()} | provenance(), "lineage": trace.lineage(self.profile, digests)}
@@ -139,7 +142,11 @@ def to_json(content: dict) -> str:
 def write_if_changed(path: Path, text: str) -> None:
     """Write a file whole, unless it says so already (so that nothing built from it is rebuilt)."""
     with disk_errors(path.parent):
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        try:
+            old = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            old = None
+        if old != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, text.encode())
 

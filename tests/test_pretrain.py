@@ -95,6 +95,37 @@ def test_goes_on_from_unfinished_shipped_weights(assets, tmp_path):
     assert result.read_bytes() != trained.read_bytes()
 
 
+def test_goes_on_from_the_weights_of_another_network(assets, tmp_path):
+    first = pretrain.train_network("toy", tmp_path / "out")
+    for path in (first, first.with_suffix(".json")):
+        (assets / path.name).write_bytes(path.read_bytes())
+    longer_recipe = RECIPE.replace("images: 48", "images: 96") + "start: toy\n"
+    (assets / "longer.yaml").write_text(longer_recipe)
+    longer = pretrain.train_network("longer", tmp_path / "out")
+    card = json.loads(longer.with_suffix(".json").read_text())
+    assert card["optimizer_restarted_at_images"] == 48 and card["images_seen"] == 96 and card["finished"]
+    assert [row["images"] for row in card["loss_curve"]] == [16, 32, 48, 64, 80, 96]
+    # That it really begins there: without a step, those are the weights it ends with.
+    (assets / "still.yaml").write_text(longer_recipe.replace("learning_rate: 1.0e-2", "learning_rate: 0.0"))
+    still = checkpoints.read_tensors(pretrain.train_network("still", tmp_path / "out"))[0]
+    assert all(torch.equal(still[key], value) for key, value in checkpoints.read_tensors(first)[0].items())
+
+
+@pytest.mark.parametrize("start, change, message", [
+    ("tyo", ("", ""), "tyo"),
+    ("toy", ("model_channels: 8", "model_channels: 16"), "'longer' cannot go on from 'toy': give both the same"),
+    ("toy", ("images: 96", "images: 48"), "which has seen 48 images: give it more than its 48"),
+])  # fmt: skip
+def test_a_start_that_does_not_fit_is_refused(assets, tmp_path, start, change, message):
+    first = pretrain.train_network("toy", tmp_path / "out")
+    for path in (first, first.with_suffix(".json")):
+        (assets / path.name).write_bytes(path.read_bytes())
+    recipe = RECIPE.replace("images: 48", "images: 96").replace(*change)
+    (assets / "longer.yaml").write_text(recipe + f"start: {start}\n")
+    with pytest.raises(UserError, match=message):
+        pretrain.train_network("longer", tmp_path / "out")
+
+
 def test_learning_rate_warms_up_stays_and_decays():
     recipe = dict(learning_rate=1.0, warmup_steps=10, decay_images=400, batch_size=10)
     rates = [pretrain._learning_rate(step, 100, recipe) for step in range(100)]
