@@ -107,7 +107,7 @@ class Recorder:
         content = json.loads(json.dumps(content, allow_nan=False))
         try:
             old = read_results(self.path)
-        except (FileNotFoundError, NotADirectoryError):  # not looked for before: another process may remove it meanwhile
+        except (FileNotFoundError, NotADirectoryError):  # not looked for before: it may be removed in between
             old = {}
         if any(old.get(part) != content[part] for part in content):
             digests = {digest for record in self.records.values() for digest in record["artifacts"]}

@@ -347,14 +347,8 @@ class Study:
         return arms | {f"only_{fault}": self.faulty_arm([fault], f"only: {FAULTS[fault]}") for fault in self.ladder}
 
     def repeat_arms(self) -> dict[str, list[ImageSet]]:
-        """Notebook 06: the key arms, num_key images for each of `repeats` trainings.
-
-        "correct_steps", if the ladder has that fault: the correct ensemble of as many steps as the study's, which is
-        what "as_run" is to be compared with.
-        """
+        """Notebook 06: the key arms, num_key images for each of `repeats` trainings."""
         settings = {"correct": [], "as_run": self.ladder}
-        if "steps" in self.ladder:
-            settings["correct_steps"] = ["steps"]
         arms = {name: [] for name in ("paper", *settings)}
         for repeat in range(self.repeats):
             trained = self.trained_with(f"six discriminators, training {repeat + 1}",
