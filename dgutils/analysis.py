@@ -66,6 +66,22 @@ def mean_scores(members: list[Scores], label: str) -> Scores:
                   mean("fd"), mean("kid"), manifold)  # fmt: skip
 
 
+def excess(arm: Scores, unguided: Scores) -> Scores:
+    """What guidance does to an arm: its scores less those of as many steps without it, as scores of their own.
+
+    More steps make better images without any guidance. To compare the *guidance* of arms of different numbers of steps
+    is to compare these, a difference of differences; of equal numbers it is the plain difference.
+    """
+    def less(score):
+        a, b = getattr(arm, score), getattr(unguided, score)
+        arm.minus(unguided, score)  # raises unless the two are of the same seeds
+        return Resampled(a.value - b.value, a.draws - b.draws)
+
+    manifold = {k: value - unguided.manifold[k] for k, value in arm.manifold.items()}
+    return Scores(replace(arm.arm, label=f"effect of {arm.arm.label}"), arm.space, f"{arm.digest}+{unguided.digest}",
+                  less("fd"), less("kid"), manifold)  # fmt: skip
+
+
 def held_out(history: list[dict]) -> dict[str, float]:
     """Of a member's history: epochs, the best one (of least held-out loss), and its losses there and at the end."""
     best = min(history, key=lambda row: row["val_loss"])

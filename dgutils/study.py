@@ -33,14 +33,15 @@ from .store import Store
 # Notebook 05's own parameters, the arguments of `Study.sweep_arms`.
 SWEEP = ("num_sweep", "sweep_weights", "sweep_time_mins", "sweep_time_maxs", "sweep_epoch_scales")
 
-# The faults of the study's ensemble, in the order in which the ladder mends them (`Study.faulty_arm`).
+# The faults of the study's ensemble, in the order in which the ladder mends them (`Study.faulty_arm`). The steps come
+# first because they are no fault of the ensemble, and double the cost of every rung that still has them.
 FAULTS = {
+    "steps": "steps for evaluations",
     "raw_logits": "raw logits taken for probabilities",
     "sequential": "one network through all six settings",
     "wrong_file": "wrong file in slot 3",
     "last_epoch": "last instead of best epochs",
     "boosting": "boosting, unconditional",
-    "steps": "steps for evaluations",
     "batch_size": "half the training batch",
 }
 WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held

@@ -6,6 +6,7 @@ import torch
 
 from dgutils import analysis
 from dgutils.discriminator import Ensemble, raw_logits_as_probabilities
+from dgutils.errors import UserError
 from dgutils.jobs import ImageSet, Scores
 from dgutils.metrics import Interval, Resampled
 from dgutils.results import Recorder
@@ -51,6 +52,20 @@ def test_changes_are_paired_scaled_and_recorded_with_their_words(tmp_path):
     assert "KID x 1000 of guidance is **higher than** that of no guidance" in sentence and "**lower than**" in sentence
     analysis.scores_table(recorder, "arms", {"arm.guided": "Guided", "arm.other": "Other"}, "none", "Caption.")
     assert recorder.tables["arms"]["rows"][1] == ("Other", *[None] * 8)
+
+
+def test_excess_compares_guidance_of_unequal_steps():
+    plain, better = scores("unguided", 4.0, 0.002), scores("unguided, more steps", 3.0, 0.001)
+    one = analysis.excess(scores("one", 3.0, 0.001), plain)
+    other = analysis.excess(scores("other", 3.0, 0.001), better)
+    assert (one.fd.value, one.kid.value, other.fd.value) == (-1, -0.001, 0)
+    assert one.digest == "digest-one+digest-unguided"
+    assert one.minus(other).value == -1 and abs(one.minus(other).low + 1) < 1e-12  # fd: equal draws cancel
+    same = analysis.excess(scores("other", 5.0, 0.003), plain)  # of equal steps: the plain difference
+    direct = scores("one", 3.0, 0.001).minus(scores("other", 5.0, 0.003), "kid")
+    assert np.allclose([same.minus(one, "kid").value, one.minus(same, "kid").low], [0.002, direct.low])
+    with pytest.raises(UserError, match="a paired comparison needs equal"):
+        analysis.excess(scores("one", 3.0, 0.001, n=10), plain)
 
 
 def test_mean_of_members():

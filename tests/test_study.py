@@ -91,7 +91,7 @@ def test_each_rung_mends_one_fault_and_each_single_fault_adds_one(monkeypatch, t
         assert differences(above, below) == {SETTING[fault]}, fault
     for fault in FAULTS:
         assert differences(arms[f"only_{fault}"], arms["correct"]) == {SETTING[fault]}, fault
-    assert arms["without_steps"].digest == arms["only_batch_size"].digest  # the last rung above the correct ensemble
+    assert arms["without_boosting"].digest == arms["only_batch_size"].digest  # the last rung above the correct ensemble
     assert study.faulty_arm([], "x").digest == study.arm(
         "x", study.guidance(study.everyone, "mean_probability", state="best")).digest
 
@@ -112,7 +112,7 @@ def test_variants_differ(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(ladder=["raw"]), "unknown fault 'raw': choose from raw_logits, "),
+    (dict(ladder=["raw"]), "unknown fault 'raw': choose from steps, raw_logits, "),
     (dict(variants=["boost"]), "unknown variant 'boost': choose from bootstrap, "),
     (dict(repeats=-1), "repeats is -1: at least 1"),
     (dict(num_eval=0), "num_eval is 0: at least 1"),
