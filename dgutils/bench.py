@@ -40,7 +40,7 @@ RUNS = 5
 # name -> score network, extractor, head's width, blocks and attention channels, images at once, steps
 SIZES = {
     "Fashion-MNIST, small": ("fashion-mnist-edm", "fashion-mnist-adm", 16, 1, 16, 125, 6),
-    "CIFAR-10, small": ("cifar10-edm", "cifar10-adm", 32, 1, 32, 125, 6),
+    "CIFAR-10, small": ("cifar10-edm-2m", "cifar10-adm", 32, 1, 32, 125, 6),
     "CIFAR-10, published": ("edm-cifar10-32x32-uncond-vp", "32x32_classifier", 128, 2, 64, 8, 3),
 }
 WEIGHT, TIME_MIN, TIME_MAX = 2.0, 0.01, 1.0
@@ -200,7 +200,7 @@ def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
                       f"{took['published'] / took['float32']:.2f}", f"{took['published'] / took['default']:.2f}"])
         members.append([name, size, f"{rates['default']:.3g}", f"{rates['six']:.3g}",
                         f"{took['six'] / took['default']:.2f}"])  # fmt: skip
-        whole = karras_sigmas(WHOLE if runs > 1 else steps).to(jobs.device()), min(size, 24)
+        whole = karras_sigmas(WHOLE if runs > 1 else steps).to(jobs.device()), min(size, 96)
         theirs, exact, rounded = published(*whole), ours(1, "float32", *whole), ours(1, default, *whole)
         grey = np.abs(datasets.to_uint8(rounded).astype(int) - datasets.to_uint8(theirs).astype(int))
         error = ((exact - theirs).abs().max() / theirs.abs().max()).item()

@@ -1,9 +1,11 @@
 """The EDM denoiser: the preconditioning, and the fast group norm."""
 
+import copy
+
 import pytest
 import torch
 
-from dgutils import edm
+from dgutils import checkpoints, edm
 from dgutils.errors import UserError
 
 TINY = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1,
@@ -76,6 +78,21 @@ def test_group_norm_refuses_second_derivatives():
     (gradient,) = torch.autograd.grad(edm.GroupNorm(8)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_float32_sums_bring_mixed_precision_nearer_and_change_nothing_else():
+    """On the shipped network that has them, whose weights bfloat16 holds."""
+    exact = checkpoints.load_denoiser("fashion-mnist-edm")
+    plain = copy.deepcopy(exact)
+    for layer in plain.modules():
+        layer.exact = False
+    x = torch.randn(8, *exact.shape)
+    with torch.no_grad():
+        true = plain(x, 1.0)
+        assert torch.equal(exact(x, 1.0), true)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors = [(network(x, 1.0) - true).square().mean().sqrt() for network in (plain, exact)]
+    assert 0 < errors[1] < 0.85 * errors[0]
 
 
 def test_sigma_per_image_is_sigma_one_by_one():
