@@ -10,7 +10,7 @@ ARGS    ?=
 PY := .venv/bin/python
 SETS = $(if $(SET),--set $(foreach pair,$(SET),'$(pair)'))
 .DEFAULT_GOAL := help
-.PHONY: help reproduce plan fetch rehearse test report check-report html trace lab bench doctor lint clean
+.PHONY: help reproduce keep plan fetch rehearse test report check-report html trace lab bench doctor lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -25,6 +25,9 @@ reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), s
 	@sh dgutils/setup.sh data
 	@$(if $(NPROC),$(PY) -m dgutils work --profile $(or $(PROFILE),quick) --nproc $(NPROC) $(SETS))
 	@$(PY) -m dgutils reproduce --profile $(or $(PROFILE),quick) $(if $(ONLY),--only $(ONLY)) $(SETS)
+
+keep: .venv/.complete  ## put the scores of PROFILE=cifar10 (default) where git holds them, for another machine to go on
+	@$(PY) -m dgutils keep --profile $(or $(PROFILE),cifar10)
 
 plan: .venv/.complete  ## what PROFILE=quick (default) would compute, download and take; runs nothing
 	@$(PY) -m dgutils plan --profile $(or $(PROFILE),quick)

@@ -130,6 +130,12 @@ def _bench(args):
     run(args.quick, Path(args.out) if args.out else repo_root() / "docs" / "bench.md", args.only)
 
 
+def _keep(args):
+    from .results import keep
+
+    print(f"wrote {keep(args.profile)}")
+
+
 def _train(args):
     from .pretrain import export, train_network
 
@@ -166,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--time", default="24:00:00", help="limit, as Slurm writes it [24:00:00]")
     sub.add_argument("--sbatch", nargs="+", default=[], metavar="NAME=VALUE", help="more options of sbatch")
     sub.add_argument("--out", default="dgutils.sbatch", help="the script's file [dgutils.sbatch]")
+    command("keep", _keep, "put a profile's scores where git holds them, for other machines to go on from", "cifar10")
     command("plan", _plan, "what a profile would compute, download and take; runs nothing", "quick")
     sub = command("fetch", _fetch, "download the published weights that a profile needs", "paper")
     sub.add_argument("name", nargs="*", help="only these files of dgutils/assets/registry.yaml")

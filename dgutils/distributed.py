@@ -320,21 +320,28 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
         with ranks.first():  # who comes first may have to download
             for split in ("train", "test"):
                 datasets.load_dataset(study.dataset, split)
-        study.learnt()
-        dry = Study.from_parameters(values)
+        dry, lacking = Study.from_parameters(values), set()  # first by name alone
         dry.__dict__["store"] = jobs.open_store(profile, dry=True)
-        dry.scored(values)
+        for images, space in dry.scored(values):
+            if ranks.agree(dry.lacks(images, space)):
+                images.ensure()
+                lacking.add((images.digest, space))
         trainings = {what.digest: (what, make) for what, make in dry.store.asked if isinstance(what, Artifact)}
+        if trainings:
+            for images in study.learnt():
+                images.ensure()
         if study.training_parts == 1:  # else each is all ranks' work, as the arms ask for it
             for wait in (False, True):  # first what is free, then what another run is computing
                 for _, (artifact, make) in ranks.deal(list(trainings.values())):
                     with alone():
                         artifact.obtain(make, wait)
             ranks.barrier()
-        scored = study.scored(values)
+        scored = [(images, space) for images, space in study.scored(values) if (images.digest, space) in lacking]
+        for images, _ in scored:
+            images.ensure()
         for images, space in scored:
             jobs.features(study.store, images, space)
-        for space in study.feature_spaces:
+        for space in study.feature_spaces if scored else ():
             jobs.statistics(study.store, study.reference, space)
         for _, (images, space) in ranks.deal(scored):
             with alone():

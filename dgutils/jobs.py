@@ -8,7 +8,8 @@ change, and only then (tests/test_jobs.py fails when numbers change and the vers
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from .discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init
 from .errors import UserError
 from .guidance import GuidedDenoiser, check_settings
 from .noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
-from .paths import runs_dir
+from .paths import results_dir, runs_dir
 from .sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
-from .store import Artifact, ShardedSet, Store, digest_of_json, log_line
+from .store import KEPT, Artifact, ShardedSet, Store, digest_of_json, log_line
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
@@ -33,7 +34,8 @@ FEATURE_SHARD = 1000  # images whose features are one file, at most
 
 def open_store(profile: str, dry: bool = False) -> Store:
     """The artifacts of a profile, under runs/<profile>/store. Results of different profiles never mix."""
-    return Store(runs_dir(profile) / "store", (lambda line: None) if dry else log_line, dry)
+    log = (lambda line: None) if dry else log_line
+    return Store(runs_dir(profile) / "store", log, dry, results_dir(profile) / KEPT)
 
 
 def device() -> torch.device:
@@ -108,6 +110,10 @@ class Published:
         names = (self.feature_extractor, *self.discriminators)
         return digest_of_json([checkpoints.weights_digest(name) for name in names])
 
+    def ensure(self) -> "Published":
+        """They are there; see `Trained.ensure`."""
+        return self
+
     def ensemble(self, members, rule: str, state: str) -> Ensemble:
         """Heads `members` on their extractor; they have one state only, "last"."""
         if state != "last":
@@ -144,18 +150,38 @@ class Guidance:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The first n images of a set: `images` uint8 [n, H, W, C], `digest`, and a label for people."""
+    """The first n images of a set: `images` uint8 [n, H, W, C], `digest`, and a label for people.
+
+    Named before it is drawn: what is missing is drawn when somebody asks for it. draw: makes a shard's images;
+    guides: the discriminators it takes.
+    """
 
     label: str
     n: int
     rows: ShardedSet
+    draw: Callable[[range], dict[str, np.ndarray]] | None = field(default=None, repr=False, compare=False)
+    guides: tuple = field(default=(), repr=False, compare=False)
 
     @property
     def digest(self) -> str:
         return self.rows.digest(self.n)
 
+    def ensure(self) -> "ImageSet":
+        """Have the images, and before them what guides them; the ranks of a group call it together."""
+        if self.rows.artifact.store.dry or distributed.group().agree(bool(self.rows.missing(self.n))):
+            for guide in self.guides:
+                guide.ensure()
+        self.rows.ensure(self.n, self.draw)
+        return self
+
+    def first(self, n: int) -> "ImageSet":
+        """Its first n images alone."""
+        return replace(self, n=min(n, self.n))
+
     @cached_property
     def images(self) -> np.ndarray:
+        if self.rows.missing(self.n):
+            self.ensure()
         return self.rows.load(self.n, "images")
 
     @property
@@ -203,11 +229,11 @@ def sample(sampling: Sampling, seeds, guidance: Guidance | None = None) -> torch
     return draw(sampling, denoise, seeds, denoise.churn if guidance else None)
 
 
-def generate(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guidance: Guidance | None = None,
-             label: str = "images") -> ImageSet:  # fmt: skip
-    """The images of seeds first_seed ... first_seed + n - 1, in shards of a fixed size.
+def image_set(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guidance: Guidance | None = None,
+              label: str = "images") -> ImageSet:  # fmt: skip
+    """The images of seeds first_seed ... first_seed + n - 1, in shards of a fixed size; drawn when they are needed.
 
-    Raises UserError for n < 1, unknown networks, or images that stop being finite.
+    Raises UserError for n < 1 and unknown networks, and, when they are drawn, for images that stop being finite.
     """
     sampling = replace(sampling, precision=resolve_precision(sampling.precision))
     config = dataclasses.asdict(sampling) | {"guidance": guidance.config() if guidance else None}
@@ -223,8 +249,14 @@ def generate(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guid
         batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         return {"images": np.concatenate([datasets.to_uint8(sample(sampling, b, guidance)) for b in batches])}
 
-    rows = artifact.shards(sampling.shard_size, first_seed).ensure(n, compute_shard)
-    return ImageSet(label, n, rows)
+    rows = artifact.shards(sampling.shard_size, first_seed)
+    rows.parts(n)  # refuses n < 1
+    return ImageSet(label, n, rows, compute_shard, (guidance.discriminators,) if guidance else ())
+
+
+def generate(*args, **kwargs) -> ImageSet:
+    """`image_set`, drawn now."""
+    return image_set(*args, **kwargs).ensure()
 
 
 # ---- discriminators ----------------------------------------------------------------------
@@ -288,25 +320,49 @@ class Split:
 
 @dataclass(frozen=True)
 class Trained:
-    """Trained discriminators: `history` per member, `ensemble(...)` for guidance, and the held-out split."""
+    """Trained discriminators: `history` per member, `ensemble(...)` for guidance, and the held-out split.
+
+    Named before they are trained, which happens when somebody asks for them. make: trains them into a folder.
+    """
 
     config: Training
     fakes: ImageSet
     artifact: Artifact
     better: ImageSet | None = None
+    make: Callable[[Path], dict] | None = field(default=None, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
         return self.artifact.digest
 
+    def ensure(self) -> "Trained":
+        """Have them trained, and before that the images they learn from; the ranks of a group call it together."""
+        ranks = distributed.group()
+        if self.artifact.store.dry or ranks.agree(not self.artifact.status().hit):
+            for images in (self.fakes, self.better):
+                if images is not None:
+                    images.ensure()
+        if self.config.parts > 1:
+            ranks.compute(self.artifact, self.make)
+        else:
+            with distributed.alone():  # one rank's work, while the others wait for the artifact
+                self.artifact.compute(self.make)
+        self.artifact.store.drop_partial(self.artifact.name)
+        return self
+
+    def _file(self, name: str) -> Path:
+        if not self.artifact.path.is_dir():
+            self.ensure()
+        return self.artifact.path / name
+
     @cached_property
     def history(self) -> list[list[dict]]:
         """For each member one row an epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy."""
-        return json.loads((self.artifact.path / "history.json").read_text())
+        return json.loads(self._file("history.json").read_text())
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return checkpoints.read_tensors(self.artifact.path / "heads.safetensors")[0]
+        return checkpoints.read_tensors(self._file("heads.safetensors"))[0]
 
     def ensemble(self, members=None, rule: str = "mean_logit", state: str = "last") -> Ensemble:
         """Heads `members` (default: all) in a state: "last", "best" (lowest validation loss), or "initial".
@@ -347,6 +403,12 @@ class Joint:
     def digest(self) -> str:
         return digest_of_json([part.digest for part in self.parts])
 
+    def ensure(self) -> "Joint":
+        """Have all of them trained."""
+        for part in self.parts:
+            part.ensure()
+        return self
+
     def ensemble(self, members, rule: str, state: str) -> Ensemble:
         """Member m is the first of training m."""
         heads = [self.parts[m].ensemble((0,), rule, state).heads[0] for m in members]
@@ -374,9 +436,9 @@ def splits(training: Training, fakes: ImageSet, better: ImageSet | None = None) 
     ]
 
 
-def train(store: Store, training: Training, fakes: ImageSet, label: str = "discriminators",
-          better: ImageSet | None = None) -> Trained:  # fmt: skip
-    """Train the members, resuming at the last finished epoch if a run was interrupted. better: as in `splits`."""
+def discriminators(store: Store, training: Training, fakes: ImageSet, label: str = "discriminators",
+                   better: ImageSet | None = None) -> Trained:  # fmt: skip
+    """The members, trained when they are needed; resumes at the last finished epoch. better: as in `splits`."""
     training = replace(training, precision=resolve_precision(training.precision))
     inputs = {
         "fakes": fakes.digest,
@@ -421,13 +483,12 @@ def train(store: Store, training: Training, fakes: ImageSet, label: str = "discr
         (folder / "history.json").write_text(json.dumps([member.history for member in members]))
         return {"seed": training.seed}
 
-    if training.parts > 1:
-        distributed.group().compute(artifact, make)
-    else:
-        with distributed.alone():  # one rank's work, while the others wait for the artifact
-            artifact.compute(make)
-    store.drop_partial(artifact.name)
-    return Trained(training, fakes, artifact, better)
+    return Trained(training, fakes, artifact, better, make)
+
+
+def train(*args, **kwargs) -> Trained:
+    """`discriminators`, trained now."""
+    return discriminators(*args, **kwargs).ensure()
 
 
 def held_out_logits(store: Store, trained: Trained, vp_times) -> tuple[np.ndarray, np.ndarray]:
@@ -459,6 +520,10 @@ class RealSet:
     start: int = 0
 
     seeds = range(0)  # real images have none
+
+    def ensure(self) -> "RealSet":
+        """They are there; see `ImageSet.ensure`."""
+        return self
 
     @property
     def label(self) -> str:
@@ -521,6 +586,9 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
 
     Made in shards, so that ranks share them and a kill costs one.
     """
+    rows = feature_rows(store, images, space)
+    if distributed.group().agree(bool(rows.missing(images.n))):
+        images.ensure()
     source = replace(images)  # a copy, whose pixels go when the features are there
 
     def compute_shard(rows):
@@ -533,7 +601,7 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
                             f"{which}: look at them, and at the networks that drew them") from error
         return {"features": np.pad(values, ((0, len(rows) - len(values)), (0, 0)))}  # the last shard may want a few
 
-    return feature_rows(store, images, space).ensure(images.n, compute_shard).load(images.n, "features")
+    return rows.ensure(images.n, compute_shard).load(images.n, "features")
 
 
 def statistics(store: Store, images: ImageSet | RealSet, space: str) -> metrics.FeatureStats:
@@ -577,12 +645,21 @@ class Scores:
         return getattr(self, score).minus(getattr(baseline, score))
 
 
-def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: str, num_resamples: int = 200,
-             seed: int = 0) -> Scores:  # fmt: skip
-    """Fréchet distance, unbiased KID (both with bootstrap draws), precision/recall, density/coverage of an arm."""
+def evaluation(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: str, num_resamples: int = 200,
+               seed: int = 0) -> Artifact:  # fmt: skip
+    """The artifact of an arm's scores, by name alone: nothing is drawn or computed."""
     inputs = {"arm": arm.digest, "reference": reference.digest}
     config = {"space": space, "num_resamples": num_resamples, "seed": seed}
-    artifact = store.artifact("evaluate", VERSIONS["evaluate"], config, inputs, f"{arm.label}, {space}")
+    return store.artifact("evaluate", VERSIONS["evaluate"], config, inputs, f"{arm.label}, {space}")
+
+
+def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: str, num_resamples: int = 200,
+             seed: int = 0) -> Scores:  # fmt: skip
+    """Fréchet distance, unbiased KID (both with bootstrap draws), precision/recall, density/coverage of an arm.
+
+    Where the repository keeps these scores (`Artifact.kept`), no image is drawn for them.
+    """
+    artifact = evaluation(store, arm, reference, space, num_resamples, seed)
 
     def make(folder):
         x, real = features(store, arm, space), features(store, reference, space)
@@ -594,6 +671,6 @@ def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: s
             record[name] = {"value": resampled.value, "draws": resampled.draws.tolist()}
         (folder / "scores.json").write_text(json.dumps(record))
 
-    record = json.loads((artifact.compute(make).path / "scores.json").read_text())
+    record = artifact.kept() or json.loads((artifact.compute(make).path / "scores.json").read_text())
     fd, kid = (metrics.Resampled(record[k]["value"], np.array(record[k]["draws"])) for k in ("fd", "kid"))
     return Scores(arm, space, artifact.digest, fd, kid, record["manifold"])

@@ -18,8 +18,18 @@ import numpy as np
 
 from dgutils import trace
 from dgutils.errors import UserError
-from dgutils.paths import figures_dir, results_dir
-from dgutils.store import digest_of_file, disk_errors, now, provenance, write_file
+from dgutils.paths import figures_dir, results_dir, runs_dir
+from dgutils.store import (
+    KEPT,
+    digest_of_file,
+    disk_errors,
+    now,
+    provenance,
+    read_kept,
+    read_manifest,
+    write_file,
+    write_kept,
+)
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "report" / "published.csv"
 SUMMARY = ("arms", "arms_second", "rules")  # tables of notebooks 04 and 06
@@ -114,6 +124,24 @@ class Recorder:
             content |= {"provenance": {"date": now()} | provenance(), "lineage": trace.lineage(self.profile, digests)}
             write_if_changed(self.path, to_json(content))
         return self.path
+
+
+def keep(profile: str) -> Path:
+    """Copy the scores in a profile's store, with their lineage, to the file that the repository keeps.
+
+    A study goes on from there on another machine, or in a fresh clone, without drawing what is scored. What was kept
+    before stays. Raises UserError for a damaged file.
+    """
+    path, found = results_dir(profile) / KEPT, {}
+    for folder in sorted((runs_dir(profile) / "store" / "evaluate").glob("????????????????")):
+        manifest, file = read_manifest(folder), folder / "scores.json"
+        if manifest and file.is_file() and digest_of_file(file) == manifest["files"][file.name]["sha256"]:
+            found[manifest["digest"]] = json.loads(file.read_text())
+    scores = read_kept(path)["scores"] | found
+    if not scores:
+        raise UserError(f"profile {profile} has no scores to keep: run `make reproduce PROFILE={profile}` first")
+    write_kept(path, scores, trace.lineage(profile, scores))
+    return path
 
 
 def setting_text(value: Any) -> str:

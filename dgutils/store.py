@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -206,11 +206,12 @@ class Store:
     """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines.
 
     A `dry` store makes nothing, and remembers in `asked` what it would have: (artifact, how to make it), and
-    (set, number of rows).
+    (set, number of rows). keeps: the file of small results that the repository keeps (`read_kept`).
     """
     root: Path | str
     log: Callable[[str], None] = log_line
     dry: bool = False
+    keeps: Path | None = None
     asked: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -253,6 +254,11 @@ class Store:
             return
         with suppress(OSError):
             (self.root / "partial" / name).unlink()
+
+    @cached_property
+    def kept(self) -> dict[str, dict]:
+        """digest -> scores, of those that the repository keeps."""
+        return read_kept(self.keeps)["scores"] if self.keeps else {}
 
     def quarantine(self, path: Path, name: str, damage: str, what_now: str) -> None:
         """Move a damaged file or folder out of the way, and say so. The caller holds its lock."""
@@ -325,6 +331,13 @@ class Artifact:
         words = [self.identity["step"], self.digest[:16]] + ([f"({self.label})"] if self.label else [])
         self.store.log(" ".join(["HIT" if status.hit else "MISS", *words])
                        + (f": {status.reason}" if status.reason else ""))
+
+    def kept(self) -> dict | None:
+        """The scores that the repository keeps, of an artifact that is not in the store; else None."""
+        if self.digest not in self.store.kept or self.status().hit:
+            return None
+        self.say(Status(True, f"kept in {self.store.keeps}"))
+        return self.store.kept[self.digest]
 
     def compute(self, make: Callable[[Path], dict | None]) -> "Artifact":
         """Have the artifact: find it, or call make(folder), which writes its files there.
@@ -470,6 +483,36 @@ class ShardedSet:
         self.verified |= {part.shard for part in parts
                           if part.shard not in self.verified and part.path.is_dir() and not part.damage()}
         return [part for part in parts if part.shard not in self.verified]
+
+
+# --- what the repository keeps
+
+KEPT = "kept/scores.json"  # below a profile's results
+
+
+def read_kept(path: Path) -> dict[str, dict]:
+    """The scores that a results folder keeps, so that a study goes on where another machine left it.
+
+    {"scores": digest of the artifact -> its scores, "lineage": as of `trace.lineage`}, both empty without the file.
+    Raises UserError if it is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("sha256") == digest_of_json(content):
+            return content
+    except FileNotFoundError:
+        return {"scores": {}, "lineage": {}}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise UserError(f"{path} is damaged: restore it with git, or remove it, and its scores will be computed again")
+
+
+def write_kept(path: Path, scores: dict[str, dict], lineage: dict[str, dict]) -> None:
+    """Write that file, with a checksum of its own."""
+    content = {"scores": scores, "lineage": lineage}
+    content["sha256"] = digest_of_json(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(content, sort_keys=True, indent=0) + "\n").encode())
 
 
 # --- manifests

@@ -21,12 +21,13 @@ from .jobs import (
     Scores,
     Trained,
     Training,
+    discriminators,
     evaluate,
-    generate,
+    evaluation,
     head_config,
+    image_set,
     open_store,
     scaled_members,
-    train,
 )
 from .store import Store
 
@@ -152,7 +153,7 @@ class Study:
     @cached_property
     def fakes(self) -> ImageSet:
         """The generated images that discriminators learn from: num_fake seeds from fake_seed on, unguided."""
-        return generate(self.store, self.sampling, self.num_fake, self.fake_seed, label="fake set")
+        return image_set(self.store, self.sampling, self.num_fake, self.fake_seed, label="fake set")
 
     def training(self, **changes) -> Training:
         """Table 1 with this profile's epoch_scale; `changes` replaces Study fields (epoch_scale=..., ...)."""
@@ -167,7 +168,7 @@ class Study:
     @cached_property
     def trained(self) -> Trained:
         """The six discriminators of table 1, trained on `fakes` against as many real images."""
-        return train(self.store, self.training(), self.fakes, "six discriminators")
+        return discriminators(self.store, self.training(), self.fakes, "six discriminators")
 
     def guidance(self, members=(0,), rule: str = "mean_logit", **changes) -> Guidance:
         """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
@@ -188,7 +189,7 @@ class Study:
         """
         config = replace(self.sampling, **sampling)
         first_seed = self.eval_seed + block * self.num_eval
-        return generate(self.store, config, n or self.num_eval, first_seed, guidance, label)
+        return image_set(self.store, config, n or self.num_eval, first_seed, guidance, label)
 
     def unguided_as(self, arm: ImageSet) -> ImageSet:
         """What guidance in an arm is to be compared with: as many unguided images, of as many steps."""
@@ -265,7 +266,7 @@ class Study:
             training = self.training(epoch_scale=scale)
             epochs = training.members[0].epochs
             alone = replace(training, members=training.members[:1], kept=())  # epochs of one member need no others
-            trained[epochs] = self.trained if scale == self.epoch_scale else train(
+            trained[epochs] = self.trained if scale == self.epoch_scale else discriminators(
                 self.store, alone, self.fakes, f"Paper, {epochs} epochs")  # fmt: skip
         return trained
 
@@ -306,7 +307,7 @@ class Study:
     def trained_with(self, label: str, **changes) -> Trained:
         """Discriminators on `fakes`, trained with other Study fields than this profile's (training_seed=...)."""
         training = self.training(**changes)
-        return self.trained if training == self.training() else train(self.store, training, self.fakes, label)
+        return self.trained if training == self.training() else discriminators(self.store, training, self.fakes, label)
 
     @property
     def wrong_state(self) -> tuple[int, int]:
@@ -369,7 +370,8 @@ class Study:
         arms = {}
         for name in self.variants:
             if name in ("bootstrap", "disjoint"):
-                trained = train(self.store, replace(self.training(), resampling=name), self.fakes, VARIANTS[name])
+                training = replace(self.training(), resampling=name)
+                trained = discriminators(self.store, training, self.fakes, VARIANTS[name])
                 guidance = self.guidance(self.everyone, "mean_probability", discriminators=trained)
             elif name == "long":
                 guidance = self.guidance(self.everyone, "mean_probability", discriminators=self.long_trained)
@@ -392,12 +394,12 @@ class Study:
         training, total = self.training(), 0
         members = [replace(m, epochs=(total := total + m.epochs)) for m in training.members]
         training = replace(training, members=tuple(members), kept=())
-        return train(self.store, training, self.fakes, VARIANTS["long"])
+        return discriminators(self.store, training, self.fakes, VARIANTS["long"])
 
     @cached_property
     def worse_fakes(self) -> ImageSet:
         """As many images as `fakes`, of the same seeds, by the worse sampler: worse_steps steps."""
-        return generate(self.store, replace(self.sampling, num_steps=self.worse_steps), self.num_fake, self.fake_seed,
+        return image_set(self.store, replace(self.sampling, num_steps=self.worse_steps), self.num_fake, self.fake_seed,
                         label=f"fake set of {self.worse_steps} steps")  # fmt: skip
 
     @cached_property
@@ -405,7 +407,7 @@ class Study:
         """The first member's settings, trained to tell `fakes` (label 1) from `worse_fakes` (label 0)."""
         training = self.training()
         training = replace(training, members=training.members[:1], kept=())
-        return train(self.store, training, self.worse_fakes, "generated against worse", better=self.fakes)
+        return discriminators(self.store, training, self.worse_fakes, "generated against worse", better=self.fakes)
 
     def learnt(self) -> list[ImageSet]:
         """All generated images that discriminators learn from, drawn or found."""
@@ -414,10 +416,7 @@ class Study:
     # ---- scores
 
     def scored(self, parameters: dict) -> list[tuple[ImageSet | RealSet, str]]:
-        """All that notebooks 04 to 06 score: (image set, feature space), each once. parameters: those of all notebooks.
-
-        It asks the store for every arm, so that what is missing is trained and drawn.
-        """
+        """What notebooks 04 to 06 score: (image set, feature space), each once. parameters: those of all notebooks."""
         sweep = self.sweep_arms(*(parameters[name] for name in SWEEP))
         declared = [self.evaluation_arms(), self.published_arms(), self.claim_arms(), *sweep.values(),
                     self.ensemble_arms(), self.ladder_arms(), self.variant_arms()]  # fmt: skip
@@ -449,6 +448,11 @@ class Study:
         """Other real images, test images, as many as an arm has or there are: what a perfect sampler would score."""
         start = self.num_reference if self.reference_split == "test" else 0
         return RealSet(self.dataset, "test", min(self.num_eval, datasets.TEST_IMAGES - start), start)
+
+    def lacks(self, arm: ImageSet | RealSet, space: str) -> bool:
+        """Whether the scores of an arm are still to be computed."""
+        artifact = evaluation(self.store, arm, self.reference, space, self.num_resamples)
+        return artifact.digest not in self.store.kept and not artifact.status().hit
 
     def scores(self, arm: ImageSet | RealSet, space: str | None = None, reference: RealSet | None = None) -> Scores:
         """Scores of an arm in a feature space (default: the first) against a reference (default: `reference`)."""

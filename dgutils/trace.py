@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .paths import figures_dir, repo_root, runs_dir
-from .store import digest_of_file, read_manifest
+from .paths import figures_dir, repo_root, results_dir, runs_dir
+from .store import KEPT, digest_of_file, read_kept, read_manifest
 
 PACKAGE = Path(__file__).parent
 
@@ -76,8 +76,9 @@ def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
 
     An entry has step, version, label, seconds, created, device, revision, folder (below the store) and inputs
     {name: digest}; that of a set of images also rows and first_seed. What no step made, a network or real images,
-    has a label and no step. An artifact that is not stored has no entry.
+    has a label and no step. What is not stored has the entry that is kept with its scores (`store.read_kept`), or none.
     """
+    known = read_kept(results_dir(profile) / KEPT)["lineage"]
     stored: dict[str, list[dict]] = {}  # an artifact's digest -> its manifest, or those of its shards in order
     root = runs_dir(profile) / "store"
     for path in sorted(root.glob("*/*/manifest.json")) + sorted(root.glob("*/*/shard_?????/manifest.json")):
@@ -94,6 +95,9 @@ def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
                 config = stored[whole][0]["identity"]["config"]
                 inputs |= {source: _source(role, source, config, stored)
                            for role, source in found[digest]["inputs"].items()}
+            elif digest in known:
+                found[digest] = known[digest]
+                inputs |= dict.fromkeys(known[digest]["inputs"].values(), label)
             elif label:
                 found[digest] = {"label": label, "inputs": {}}
         wanted = {digest: label for digest, label in inputs.items() if digest not in found}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import checkpoints, jobs
+from dgutils import checkpoints, jobs, results, trace
+from dgutils import store as store_module
 from dgutils.adm import EncoderUNet
 from dgutils.discriminator import MemberConfig
 from dgutils.edm import Denoiser
@@ -151,6 +153,80 @@ def test_scores_pair_equal_seeds_only(store):
     assert scores[0].minus(scores[0], "kid").low == scores[0].minus(scores[0], "kid").high == 0
     with pytest.raises(UserError, match="other seeds"):
         scores[2].minus(scores[0])
+
+
+# --- named first, made when asked for; scores that the repository keeps
+
+
+def guided_arm(store, n=40):
+    """Images guided by discriminators, none of which exists yet."""
+    trained = jobs.discriminators(store, training(), jobs.image_set(store, sampling(), 40))
+    return jobs.image_set(store, sampling(), n, 100, jobs.Guidance(trained, (0, 1)))
+
+
+def test_nothing_is_made_before_it_is_asked_for_and_then_all_it_needs(store):
+    arm = guided_arm(store)
+    assert arm.digest and not store.lines and not list(store.root.iterdir())
+    assert arm.first(5).images.shape == (5, 32, 32, 1)
+    assert [line.split()[:2] for line in store.lines] == [
+        ["MISS", "generate"], ["MISS", "train"], ["MISS", "generate"]]
+    assert len(arm.rows.missing(40)) == 4  # one shard of five is drawn
+    assert np.array_equal(arm.images[:5], arm.first(5).images) and arm.first(99).n == 40
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A clone in which an arm was scored and its scores kept, while all else was removed since; and those scores."""
+    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
+    real = jobs.RealSet("fashion_mnist", "test", 60)
+    scores = jobs.evaluate(jobs.open_store("smoke"), guided_arm(jobs.open_store("smoke")), real, "tiny", 20)
+    path = results.keep("smoke")
+    shutil.rmtree(tmp_path / "runs")
+    return path, scores
+
+
+def test_scores_that_are_kept_need_no_images(kept, capsys):
+    store, real = jobs.open_store("smoke"), jobs.RealSet("fashion_mnist", "test", 60)
+    again = jobs.evaluate(store, guided_arm(store), real, "tiny", 20)
+    assert (again.fd.value, again.kid.value, again.manifold) == (kept[1].fd.value, kept[1].kid.value, kept[1].manifold)
+    assert np.array_equal(again.kid.draws, kept[1].kid.draws)
+    assert not store.root.exists() and "kept in" in capsys.readouterr().err
+    made = trace.lineage("smoke", [again.digest])  # down to the networks
+    assert {entry.get("step") for entry in made.values()} == {"evaluate", "generate", "train", None}
+    assert {"tiny"} <= {entry["label"] for entry in made.values()}
+    other = jobs.evaluate(store, guided_arm(store), real, "tiny", 21)  # another score is not kept: all is made
+    assert other.fd.value == again.fd.value and store.root.exists()
+    results.keep("smoke")
+    assert len(json.loads(kept[0].read_text())["scores"]) == 2
+
+
+def test_scores_in_the_store_come_before_those_that_are_kept(kept, capsys):
+    content = store_module.read_kept(kept[0])
+    for scores in content["scores"].values():
+        scores["fd"]["value"] = 0.0
+    store_module.write_kept(kept[0], content["scores"], content["lineage"])
+    store, real = jobs.open_store("smoke"), jobs.RealSet("fashion_mnist", "test", 60)
+    assert jobs.evaluate(store, guided_arm(store), real, "tiny", 20).fd.value == 0
+    jobs.evaluation(store, guided_arm(store), real, "tiny", 20).compute(
+        lambda folder: (folder / "scores.json").write_text(json.dumps(content["scores"].popitem()[1] | {
+            "fd": {"value": 7.0, "draws": [7.0]}})) and None)
+    assert jobs.evaluate(store, guided_arm(store), real, "tiny", 20).fd.value == 7
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:-9], lambda text: text.replace('"value": ', '"value": 1', 1), lambda text: "[]",
+    lambda text: ""])  # fmt: skip
+def test_damaged_file_of_kept_scores_is_one_line(kept, damage):
+    kept[0].write_text(damage(kept[0].read_text()))
+    with pytest.raises(UserError, match=r"scores\.json is damaged: restore it with git, or remove it"):
+        store = jobs.open_store("smoke")
+        jobs.evaluate(store, guided_arm(store), jobs.RealSet("fashion_mnist", "test", 60), "tiny", 20)
+
+
+def test_no_scores_to_keep_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match="profile smoke has no scores to keep: run `make reproduce PROFILE=smoke`"):
+        results.keep("smoke")
 
 
 @pytest.mark.parametrize(
