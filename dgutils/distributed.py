@@ -30,6 +30,7 @@ from .errors import UserError
 # Without it, ranks that start again find the addresses of those that died (PyTorch issue 135712).
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 MAX_RESTARTS = 3  # of the group, before a failure counts
+SCORED_AT_ONCE = 8  # scores that ranks work on together: enough for all to have something to do
 TIMEOUT = 360.0  # minutes that ranks wait for each other: longer than any shard takes
 
 
@@ -305,9 +306,9 @@ def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTAR
 def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) -> None:
     """Fill the store of a profile with what its notebooks will ask for, in one process or as one of many ranks.
 
-    In order: the images that discriminators learn from, the trainings, the arms of the notebooks, their features,
-    their scores. Images and features are dealt in shards, a training in parts of its batches if it has any, else,
-    as scores are, as a whole.
+    In order: the images that discriminators learn from, the trainings, and, a few at a time so that what is drawn is
+    soon scored, the arms of the notebooks, their features, their scores. Images and features are dealt in shards, a
+    training in parts of its batches if it has any, else, as scores are, as a whole.
     """
     with reporting(), join(timeout) as ranks:
         from . import datasets, jobs, notebooks
@@ -337,16 +338,17 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
                         artifact.obtain(make, wait)
             ranks.barrier()
         scored = [(images, space) for images, space in study.scored(values) if (images.digest, space) in lacking]
-        for images, _ in scored:
-            images.ensure()
-        for images, space in scored:
-            jobs.features(study.store, images, space)
         for space in study.feature_spaces if scored else ():
             jobs.statistics(study.store, study.reference, space)
-        for _, (images, space) in ranks.deal(scored):
-            with alone():
-                study.scores(images, space)
-        ranks.barrier()
+        for some in (scored[i : i + SCORED_AT_ONCE] for i in range(0, len(scored), SCORED_AT_ONCE)):
+            for images, _ in some:
+                images.ensure()
+            for images, space in some:
+                jobs.features(study.store, images, space)
+            for _, (images, space) in ranks.deal(some):
+                with alone():
+                    study.scores(images, space)
+            ranks.barrier()
 
 
 # --- many machines

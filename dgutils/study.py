@@ -418,12 +418,13 @@ class Study:
     def scored(self, parameters: dict) -> list[tuple[ImageSet | RealSet, str]]:
         """What notebooks 04 to 06 score: (image set, feature space), each once. parameters: those of all notebooks."""
         sweep = self.sweep_arms(*(parameters[name] for name in SWEEP))
-        declared = [self.evaluation_arms(), self.published_arms(), self.claim_arms(), *sweep.values(),
-                    self.ensemble_arms(), self.ladder_arms(), self.variant_arms()]  # fmt: skip
+        declared = [self.evaluation_arms(), self.claim_arms(), self.ensemble_arms(), self.ladder_arms(),
+                    self.variant_arms()]  # fmt: skip
         arms = [arm for group in declared for arm in group.values()]
         if self.ladder:
             why = [*self.ladder_arms().values(), *(arm for group in self.repeat_arms().values() for arm in group)]
             arms += why + [self.unguided_as(arm) for arm in why]
+        arms += [arm for group in (self.published_arms(), *sweep.values()) for arm in group.values()]
         pairs = [(arm, space) for arm in arms for space in self.feature_spaces]
         pairs += [(arm, self.feature_spaces[0]) for group in self.seed_block_arms().values() for arm in group]
         found: dict[tuple, tuple] = {}
