@@ -180,7 +180,7 @@ class ImageSet:
 
     @cached_property
     def images(self) -> np.ndarray:
-        if self.rows.missing(self.n):
+        with distributed.alone():  # of a group, this rank alone asks, for what is there
             self.ensure()
         return self.rows.load(self.n, "images")
 
@@ -351,7 +351,7 @@ class Trained:
         return self
 
     def _file(self, name: str) -> Path:
-        if not self.artifact.path.is_dir():
+        with distributed.alone():  # as in `ImageSet.images`
             self.ensure()
         return self.artifact.path / name
 
