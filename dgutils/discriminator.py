@@ -272,16 +272,22 @@ def _take_turn(features, label, time, precision, learn, trainee, see, count, tot
     seen = torch.arange(len(see)).repeat_interleave(see)
     if len(seen) == 0:
         return
-    # All of them, in order: no copy, which would also forget the fast memory layout.
-    seen = slice(None) if torch.equal(seen, torch.arange(len(see))) else seen.to(features.device)
+    seen = seen.to(features.device)
     target = label[seen]
+    rows = features.permute(0, 2, 3, 1)[seen].permute(0, 3, 1, 2)  # an index alone would forget the fast memory layout
     with torch.set_grad_enabled(learn), autocast(features.device, precision):
-        logit = trainee.head(features[seen], time[seen])[:, 0].float()
+        logit = trainee.head(rows, time[seen])[:, 0].float()
         loss = F.binary_cross_entropy_with_logits(logit, target, reduction="sum")
     if learn:
         (loss / count).backward()
     correct = ((logit > 0) == (target > 0.5)).sum()
     total += torch.stack([loss.detach(), correct, correct.new_tensor(len(logit))])
+
+
+def _step(trainee, see):
+    """A trainee's optimiser step on a batch, unless it saw none of it."""
+    if see.any():
+        trainee.optimizer.step()
 
 
 def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_size, precision, clock, parts, learn,
@@ -321,9 +327,7 @@ def _run_batches(extractor, trainees, images, labels, order, t_min, rng, batch_s
 
         if learn:
             ranks.sum_gradients(weights, parts, one_part)
-            for trainee, see in zip(trainees, sees, strict=True):
-                if see.any():
-                    trainee.optimizer.step()
+            each(_step, trainees, sees)
         else:
             for part in range(parts)[ranks.slice(parts)]:
                 one_part(part)

@@ -327,6 +327,8 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
             if ranks.agree(dry.lacks(images, space)):
                 images.ensure()
                 lacking.add((images.digest, space))
+        for trained in dry.looked_into():
+            trained.ensure()
         trainings = {what.digest: (what, make) for what, make in dry.store.asked if isinstance(what, Artifact)}
         if trainings:
             for images in study.learnt():

@@ -100,8 +100,8 @@ def steps(parameters: dict) -> list[Step]:
     sets: dict[tuple, dict] = {}  # equal images -> {number of them: the set}, in the order of the notebooks
     spaces: dict[str, list[str]] = {}
     everywhere = [(real, space) for real in (study.reference, study.other_reference) for space in study.feature_spaces]
-    for trained in (study.trained, *([study.long_trained] if "long" in study.variants else [])):
-        trained.ensure()  # looked into, whatever scores are kept
+    for trained in study.looked_into():
+        trained.ensure()
     for arm, space in everywhere + study.scored(parameters):
         if isinstance(arm, ImageSet) and arm.rows.missing(arm.n) and not study.lacks(arm, space):
             continue  # its scores are kept

@@ -56,6 +56,8 @@ VARIANTS = {
     "disjoint": "members on disjoint parts of the data",
     "best": "members at their least held-out loss",
     "long": "members trained as long as the one network had been",
+    "overfitted": "Paper overfitted: all of table 1's epochs",
+    "overfitted_best": "the same at its least held-out loss",
     "worse": "generated against worse generated images",
     "tasks": "real against generated, and generated against worse",
 }
@@ -170,6 +172,11 @@ class Study:
         """The six discriminators of table 1, trained on `fakes` against as many real images."""
         return discriminators(self.store, self.training(), self.fakes, "six discriminators")
 
+    def first_alone(self, **changes) -> Training:
+        """The training of the first member without the others; `changes` as in `training`."""
+        training = self.training(**changes)
+        return replace(training, members=training.members[:1], kept=())
+
     def guidance(self, members=(0,), rule: str = "mean_logit", **changes) -> Guidance:
         """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
         if "discriminators" not in changes:
@@ -263,11 +270,10 @@ class Study:
         """Epochs of the first member -> discriminators trained so long: all members at the default, then it alone."""
         trained = {}
         for scale in (self.epoch_scale, *epoch_scales):
-            training = self.training(epoch_scale=scale)
-            epochs = training.members[0].epochs
-            alone = replace(training, members=training.members[:1], kept=())  # epochs of one member need no others
+            first = self.first_alone(epoch_scale=scale)  # epochs of one member need no others
+            epochs = first.members[0].epochs
             trained[epochs] = self.trained if scale == self.epoch_scale else discriminators(
-                self.store, alone, self.fakes, f"Paper, {epochs} epochs")  # fmt: skip
+                self.store, first, self.fakes, f"Paper, {epochs} epochs")  # fmt: skip
         return trained
 
     def sweep_arms(self, n: int, weights, time_mins, time_maxs, epoch_scales) -> dict[str, dict[str, ImageSet]]:
@@ -377,6 +383,9 @@ class Study:
                 guidance = self.guidance(self.everyone, "mean_probability", discriminators=self.long_trained)
             elif name == "best":
                 guidance = self.guidance(self.everyone, "mean_probability", state="best")
+            elif name in ("overfitted", "overfitted_best"):
+                guidance = self.guidance((0,), discriminators=self.overfitted,
+                                         state="best" if name == "overfitted_best" else "last")  # fmt: skip
             else:  # "worse" or "tasks"
                 against = self.worse_trained
                 joint = Joint((self.trained, against)) if name == "tasks" else against
@@ -389,12 +398,17 @@ class Study:
         """Independent members, each trained for as many epochs as the one network had been at that member's turn.
 
         The sequence's members have two things that the correct ones lack: a common past, and a longer one. These
-        have the length alone; the longest of them are where overfitting is to be looked for.
+        have the length alone.
         """
         training, total = self.training(), 0
         members = [replace(m, epochs=(total := total + m.epochs)) for m in training.members]
         training = replace(training, members=tuple(members), kept=())
         return discriminators(self.store, training, self.fakes, VARIANTS["long"])
+
+    @cached_property
+    def overfitted(self) -> Trained:
+        """The first member for all of table 1's epochs, however few others have: on few images it learns them by heart."""
+        return discriminators(self.store, self.first_alone(epoch_scale=1.0), self.fakes, VARIANTS["overfitted"])
 
     @cached_property
     def worse_fakes(self) -> ImageSet:
@@ -405,9 +419,13 @@ class Study:
     @cached_property
     def worse_trained(self) -> Trained:
         """The first member's settings, trained to tell `fakes` (label 1) from `worse_fakes` (label 0)."""
-        training = self.training()
-        training = replace(training, members=training.members[:1], kept=())
-        return discriminators(self.store, training, self.worse_fakes, "generated against worse", better=self.fakes)
+        return discriminators(self.store, self.first_alone(), self.worse_fakes, "generated against worse",
+                              better=self.fakes)  # fmt: skip
+
+    def looked_into(self) -> list[Trained]:
+        """The trainings whose course the notebooks show, and which they need whatever scores are kept."""
+        return [self.trained] + [self.long_trained] * ("long" in self.variants) + [self.overfitted] * bool(
+            {"overfitted", "overfitted_best"} & set(self.variants))  # fmt: skip
 
     def learnt(self) -> list[ImageSet]:
         """All generated images that discriminators learn from, drawn or found."""
