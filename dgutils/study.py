@@ -407,7 +407,7 @@ class Study:
 
     @cached_property
     def overfitted(self) -> Trained:
-        """The first member for all of table 1's epochs, however few others have: on few images it learns them by heart."""
+        """The first member for all of table 1's epochs, however few others have: it learns few images by heart."""
         return discriminators(self.store, self.first_alone(epoch_scale=1.0), self.fakes, VARIANTS["overfitted"])
 
     @cached_property

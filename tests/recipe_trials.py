@@ -68,9 +68,6 @@ def train(folder: str, seconds: float, number: int) -> dict:
     start, _, recipe = list(trials())[number]
     folder, training = Path(folder), recipe["training"]
     seen = 0 if start == "nothing" else checkpoints.model_card(start)["images_seen"] // training["batch_size"]
-    for suffix in ("safetensors", "json", "yaml"):
-        if not (folder / f"{SHIPPED}.{suffix}").exists():
-            shutil.copy(checkpoints.ASSETS / f"{SHIPPED}.{suffix}", folder)
     pretrain.ASSETS = checkpoints.ASSETS = folder
 
     def run(name, steps):
@@ -120,6 +117,8 @@ def main():
         return
     found = list(trials())
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.at_once) as pool:
+        for suffix in ("safetensors", "json"):
+            shutil.copy(checkpoints.ASSETS / f"{SHIPPED}.{suffix}", folder)
 
         def one(number):
             command = [sys.executable, __file__, "--minutes", options.minutes, "--trial", number, "--folder", folder]
