@@ -312,7 +312,7 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
     """
     with reporting(), join(timeout) as ranks:
         from . import datasets, jobs, notebooks
-        from .store import Artifact
+        from .store import Artifact, ShardedSet
         from .study import Study
 
         study = Study.from_parameters(values := notebooks.every_parameter(profile, overrides))
@@ -330,8 +330,9 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
         for trained in dry.looked_into():
             trained.ensure()
         trainings = {what.digest: (what, make) for what, make in dry.store.asked if isinstance(what, Artifact)}
-        if trainings:
-            for images in study.learnt():
+        drawn = {what.artifact.digest for what, _ in dry.store.asked if isinstance(what, ShardedSet)}
+        for images in study.learnt():
+            if ranks.agree(images.rows.artifact.digest in drawn):
                 images.ensure()
         if study.training_parts == 1:  # else each is all ranks' work, as the arms ask for it
             for wait in (False, True):  # first what is free, then what another run is computing
