@@ -58,6 +58,9 @@ VARIANTS = {
     "long": "members trained as long as the one network had been",
     "overfitted": "Paper overfitted: all of table 1's epochs",
     "overfitted_best": "the same at its least held-out loss",
+    "full": "all six for all of table 1's epochs",
+    "full_best": "those six at their least held-out loss",
+    "full_raw": "those six, raw logits taken for probabilities",
     "worse": "generated against worse generated images",
     "tasks": "real against generated, and generated against worse",
 }
@@ -386,6 +389,10 @@ class Study:
             elif name in ("overfitted", "overfitted_best"):
                 guidance = self.guidance((0,), discriminators=self.overfitted,
                                          state="best" if name == "overfitted_best" else "last")  # fmt: skip
+            elif name in ("full", "full_best", "full_raw"):
+                rule = "raw_logits_as_probabilities" if name == "full_raw" else "mean_probability"
+                guidance = self.guidance(self.everyone, rule, discriminators=self.full_trained,
+                                         state="best" if name == "full_best" else "last")  # fmt: skip
             else:  # "worse" or "tasks"
                 against = self.worse_trained
                 joint = Joint((self.trained, against)) if name == "tasks" else against
@@ -411,6 +418,12 @@ class Study:
         return discriminators(self.store, self.first_alone(epoch_scale=1.0), self.fakes, VARIANTS["overfitted"])
 
     @cached_property
+    def full_trained(self) -> Trained:
+        """The six discriminators for all of table 1's epochs, however few this profile gives the others."""
+        training = replace(self.training(epoch_scale=1.0), kept=())
+        return discriminators(self.store, training, self.fakes, VARIANTS["full"])
+
+    @cached_property
     def worse_fakes(self) -> ImageSet:
         """As many images as `fakes`, of the same seeds, by the worse sampler: worse_steps steps."""
         return image_set(self.store, replace(self.sampling, num_steps=self.worse_steps), self.num_fake, self.fake_seed,
@@ -424,8 +437,9 @@ class Study:
 
     def looked_into(self) -> list[Trained]:
         """The trainings whose course the notebooks show, and which they need whatever scores are kept."""
-        return [self.trained] + [self.long_trained] * ("long" in self.variants) + [self.overfitted] * bool(
-            {"overfitted", "overfitted_best"} & set(self.variants))  # fmt: skip
+        courses = {"long": "long_trained", "overfitted": "overfitted", "full": "full_trained"}
+        shown = [name for variant, name in courses.items() if any(v.startswith(variant) for v in self.variants)]
+        return [self.trained, *(getattr(self, name) for name in shown)]
 
     def learnt(self) -> list[ImageSet]:
         """All generated images that discriminators learn from, drawn or found."""

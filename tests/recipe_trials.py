@@ -28,6 +28,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from dgutils import checkpoints, pretrain  # noqa: E402
+from dgutils.store import provenance  # noqa: E402
 
 SHIPPED = "cifar10-edm"
 AFRESH = {
@@ -89,7 +90,7 @@ def page(found, results, minutes: float) -> str:
     """The page: a table for each start, least loss first."""
     lines = ["# Recipes of the CIFAR-10 score network, by what they learn in equal CPU time", "",
              f"Written by `python tests/recipe_trials.py`: {minutes:g} minutes of one thread each, torch "
-             f"{torch.__version__}. Each changes one thing of `{SHIPPED}`; the learning rate falls over the last 40 % "
+             f"{torch.__version__}, {provenance()['device']}. Each changes one thing of `{SHIPPED}`; the learning rate falls over the last 40 % "
              "of a trial's images. Loss: EDM's, of 2,000 test images with the same noise for all. So short a training "
              "favours what learns fast over what is better in the end.", ""]  # fmt: skip
     for start in ("nothing", SHIPPED):
