@@ -88,11 +88,12 @@ def train(folder: str, seconds: float, number: int) -> dict:
 
 def page(found, results, minutes: float) -> str:
     """The page: a table for each start, least loss first."""
+    where = f"torch {torch.__version__}, {provenance()['device']}"
     lines = ["# Recipes of the CIFAR-10 score network, by what they learn in equal CPU time", "",
-             f"Written by `python tests/recipe_trials.py`: {minutes:g} minutes of one thread each, torch "
-             f"{torch.__version__}, {provenance()['device']}. Each changes one thing of `{SHIPPED}`; the learning rate falls over the last 40 % "
-             "of a trial's images. Loss: EDM's, of 2,000 test images with the same noise for all. So short a training "
-             "favours what learns fast over what is better in the end.", ""]  # fmt: skip
+             f"Written by `python tests/recipe_trials.py`: {minutes:g} minutes of one thread each, {where}. Each "
+             f"changes one thing of `{SHIPPED}`; the learning rate falls over the last 40 % of a trial's images. Loss: "
+             "EDM's, of 2,000 test images with the same noise for all. So short a training favours what learns fast "
+             "over what is better in the end.", ""]  # fmt: skip
     for start in ("nothing", SHIPPED):
         lines += [f"## Trained on from {start}" if start != "nothing" else "## From initial weights", "",
                   "| recipe | parameters | images seen | held-out loss | against as shipped |", "|---|---|---|---|---|"]
