@@ -64,7 +64,8 @@ trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.pape
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it
 	@sh dgutils/setup.sh data
-	@JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 bench: .venv/.complete  ## measure the claims of speed and memory, write docs/bench.md; nothing else should run meanwhile
 	@$(PY) -m dgutils bench $(ARGS)

@@ -132,10 +132,10 @@ def plain_sampler(score, extractor, heads, noise, sigmas):
 # ---- measuring ---------------------------------------------------------------------------
 
 
-def seconds(calls: dict, runs: int) -> dict[str, float]:
-    """Median seconds of each call; after a warm-up they take turns."""
+def seconds(calls: dict, runs: int, what: str) -> dict[str, float]:
+    """Median seconds of each call; after a warm-up they take turns. what: for the progress bar."""
     taken = {name: [] for name in calls}
-    for run in range(runs + 1):
+    for run in tqdm(range(runs + 1), desc=what, unit=" turns", leave=False):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -194,7 +194,7 @@ def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
 
         calls = {"published": published, "float32": partial(ours, 1, "float32"), "default": partial(ours, 1, default),
                  "six": partial(ours, 6, default)}  # fmt: skip
-        took = seconds(calls, runs)
+        took = seconds(calls, runs, f"sampling, {name}")
         rates = {call: size / value for call, value in took.items()}
         speed.append([name, size, *(f"{rates[call]:.3g}" for call in ("published", "float32", "default")),
                       f"{took['published'] / took['float32']:.2f}", f"{took['published'] / took['default']:.2f}"])
@@ -226,7 +226,7 @@ def training(names, runs: int, images: int) -> list:
             train_discriminators(extractor, config, pixels, labels, pixels[:batch], labels[:batch], members[:count],
                                  batch, 0, jobs.resolve_precision("auto"))  # fmt: skip
 
-        took = seconds({"one": partial(train, 1), "six": partial(train, 6)}, runs)
+        took = seconds({"one": partial(train, 1), "six": partial(train, 6)}, runs, f"training, {name}")
         rows.append([name, many, f"{took['one']:.2f}", f"{took['six']:.2f}", f"{took['six'] / took['one']:.2f}"])
     return rows
 
@@ -241,7 +241,8 @@ def limits(name: str, runs: int, side: int, batch: int) -> list:
     for precision in ("float32", "bfloat16"):
         denoise = _guided(score, extractor, heads, precision)
         a = torch.ones(side, side, dtype=getattr(torch, precision), device=jobs.device())
-        took = seconds({"product": lambda a=a: a @ a, "step": partial(denoise, x, sigma, 0, 1)}, runs)
+        took = seconds({"product": lambda a=a: a @ a, "step": partial(denoise, x, sigma, 0, 1)}, runs,
+                       f"share of the limit, {precision}")  # fmt: skip
         with FlopCounterMode(display=False) as counter:
             denoise(x, sigma, 0, 1)
         limit, reached = 2 * side**3 / took["product"], counter.get_total_flops() / took["step"]

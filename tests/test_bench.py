@@ -30,7 +30,7 @@ def test_the_published_loop_draws_our_images():
 def test_calls_take_turns_and_the_median_counts(monkeypatch):
     order, clock = [], iter([0, 0, 0, 1, 0, 5, 0, 2, 0, 6, 0, 3, 0, 7])
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    took = bench.seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    took = bench.seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, "both")
     assert order == ["a", "b"] * 4 and took == {"a": 2, "b": 6}  # the first turns only warm up
 
 

@@ -120,3 +120,9 @@ def test_modules_import_only_from_rooms_before_theirs():
                 module = (node.module or "").removeprefix("dgutils").strip(".")
                 for used in [module] if module else [alias.name for alias in node.names]:
                     assert place[used] < place[name], f"{name} imports {used}"
+
+
+def test_lab_opens_for_root_too():
+    """JupyterLab refuses root, who is the only user of many containers, unless it is told that this is meant."""
+    said = subprocess.run(["make", "--dry-run", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ("--allow-root" in said) == (os.getuid() == 0)
