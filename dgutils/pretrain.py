@@ -248,7 +248,7 @@ def _evaluate(weights, recipe, n=2000):
     model = build(recipe).eval()
     model.load_state_dict({k: v.float() for k, v in weights.items()})
     images, labels = datasets.load_dataset(recipe["dataset"], "test")
-    x, y = datasets.to_network(images[:n]), torch.from_numpy(labels[:n])
+    x, y = datasets.to_network(images[:n]), torch.from_numpy(labels[:n].copy())  # the data set cannot be written
     draws = noise.keyed_rng(0, 4)
     chunks = list(zip(x.split(250), y.split(250), strict=True))
     loss_function = LOSSES[recipe["architecture"]]

@@ -30,6 +30,7 @@ import psutil  # noqa: E402
 import pytest  # noqa: E402
 import test_jobs as tiny  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from dgutils import jobs, plots, results  # noqa: E402
 from dgutils.discriminator import MemberConfig  # noqa: E402
@@ -204,6 +205,7 @@ def kill_everywhere(points: int, seed: int, root: Path) -> list[dict]:
         assert code == 0, folder.with_suffix(".log").read_text()
         seconds[stage] = time.monotonic() - begin
         whole[stage], changes[stage] = snapshot(folder), int((root / stage / "changes").read_text())
+    bar = tqdm(total=points, desc="kills")
     while sum(row["hit"] for row in rows) < points:
         stage = STAGES[sum(row["hit"] for row in rows) % len(STAGES)]
         prepare(stage, folder := root / stage / str(len(rows)), inputs)
@@ -225,6 +227,8 @@ def kill_everywhere(points: int, seed: int, root: Path) -> list[dict]:
             rows[-1]["log"] = folder.with_suffix(".log").read_text()[-2000:]
             rows[-1]["differ"] = sorted(dict(snapshot(folder).items() ^ whole[stage].items()))
         shutil.rmtree(folder)
+        bar.update(hit)
+    bar.close()
     return rows
 
 
