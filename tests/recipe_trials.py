@@ -5,11 +5,13 @@
 Every trial changes one thing of `cifar10-edm` and trains for as many minutes of one thread, by what trains the shipped
 networks (`pretrain.train_network`), the last 40 % of its images with a falling learning rate. Those of another
 architecture begin from nothing, as does one of the shipped architecture beside them; the others go on from the shipped
-network. The loss is that of 2,000 test images with the same noise for all.
+network. The loss is that of 2,000 test images with the same noise for all. What a trial came to lies in runs/recipes/:
+started again, the command goes on with those that are missing.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +30,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from dgutils import checkpoints, pretrain  # noqa: E402
-from dgutils.store import provenance  # noqa: E402
+from dgutils.store import provenance, write_file  # noqa: E402
 
 SHIPPED = "cifar10-edm"
 AFRESH = {
@@ -47,7 +49,6 @@ ONWARD = {
     "batches of 128": {"batch_size": 128},
     "no flips": {"horizontal_flip": False},
     "EMA half-life 6,000 images": {"ema_half_life": 6000},
-    "float32": {"precision": "float32"},
 }
 
 
@@ -62,6 +63,12 @@ def trials():
             if start == SHIPPED:
                 recipe["start"] = SHIPPED
             yield start, label, recipe
+
+
+def done(minutes: float, start: str, label: str, recipe: dict) -> Path:
+    """Where the result of a trial lies, found or not."""
+    what = json.dumps([minutes, start, recipe], sort_keys=True).encode()
+    return ROOT / "runs" / "recipes" / f"{hashlib.sha256(what).hexdigest()[:16]}.json"
 
 
 def train(folder: str, seconds: float, number: int) -> dict:
@@ -123,9 +130,13 @@ def main():
             shutil.copy(checkpoints.ASSETS / f"{SHIPPED}.{suffix}", folder)
 
         def one(number):
-            command = [sys.executable, __file__, "--minutes", options.minutes, "--trial", number, "--folder", folder]
-            said = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True).stdout
-            return json.loads(said.splitlines()[-1])
+            path = done(options.minutes, *found[number])
+            if not path.exists():
+                asked = "--minutes", options.minutes, "--trial", number, "--folder", folder
+                said = subprocess.run([sys.executable, __file__, *map(str, asked)], stdout=subprocess.PIPE, check=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, said.stdout.splitlines()[-1])
+            return json.loads(path.read_text())
 
         cards = list(pool.map(one, range(len(found))))
     (ROOT / "docs" / "recipes.md").write_text(page(found, cards, options.minutes))
