@@ -100,7 +100,8 @@ def page(found, results, minutes: float) -> str:
              f"Written by `python tests/recipe_trials.py`: {minutes:g} minutes of one thread each, {where}. Each "
              f"changes one thing of `{SHIPPED}`; the learning rate falls over the last 40 % of a trial's images. Loss: "
              "EDM's, of 2,000 test images with the same noise for all. So short a training favours what learns fast "
-             "over what is better in the end.", ""]  # fmt: skip
+             "over what is better in the end. How many images fit into the time is set by 30 timed steps before each "
+             "trial, which other work on the machine disturbs: see the images seen.", ""]  # fmt: skip
     for start in ("nothing", SHIPPED):
         lines += [f"## Trained on from {start}" if start != "nothing" else "## From initial weights", "",
                   "| recipe | parameters | images seen | held-out loss | against as shipped |", "|---|---|---|---|---|"]
@@ -108,7 +109,7 @@ def page(found, results, minutes: float) -> str:
         of_start.sort(key=lambda pair: pair[1]["loss"])
         shipped = dict(of_start)["as shipped"]["loss"]
         lines += [f"| {label} | {r['parameters'] / 1e6:.1f} M | {r['images']:,} | {r['loss']:.5f} | "
-                  f"{100 * (r['loss'] / shipped - 1):+.1f} % |" for label, r in of_start]
+                  f"{100 * (r['loss'] / shipped - 1):+.2f} % |" for label, r in of_start]
         lines.append("")
     return "\n".join(lines)
 
