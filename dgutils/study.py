@@ -387,7 +387,7 @@ class Study:
             elif name == "best":
                 guidance = self.guidance(self.everyone, "mean_probability", state="best")
             elif name in ("overfitted", "overfitted_best"):
-                guidance = self.guidance((0,), discriminators=self.overfitted,
+                guidance = self.guidance((0,), discriminators=self.full_trained,
                                          state="best" if name == "overfitted_best" else "last")  # fmt: skip
             elif name in ("full", "full_best", "full_raw"):
                 rule = "raw_logits_as_probabilities" if name == "full_raw" else "mean_probability"
@@ -413,13 +413,8 @@ class Study:
         return discriminators(self.store, training, self.fakes, VARIANTS["long"])
 
     @cached_property
-    def overfitted(self) -> Trained:
-        """The first member for all of table 1's epochs, however few others have: it learns few images by heart."""
-        return discriminators(self.store, self.first_alone(epoch_scale=1.0), self.fakes, VARIANTS["overfitted"])
-
-    @cached_property
     def full_trained(self) -> Trained:
-        """The six discriminators for all of table 1's epochs, however few this profile gives the others."""
+        """The six discriminators for all of table 1's epochs, by which they learn few images by heart."""
         training = replace(self.training(epoch_scale=1.0), kept=())
         return discriminators(self.store, training, self.fakes, VARIANTS["full"])
 
@@ -437,9 +432,9 @@ class Study:
 
     def looked_into(self) -> list[Trained]:
         """The trainings whose course the notebooks show, and which they need whatever scores are kept."""
-        courses = {"long": "long_trained", "overfitted": "overfitted", "full": "full_trained"}
-        shown = [name for variant, name in courses.items() if any(v.startswith(variant) for v in self.variants)]
-        return [self.trained, *(getattr(self, name) for name in shown)]
+        variants = {name.partition("_")[0] for name in self.variants}
+        longer = [self.long_trained] if "long" in variants else []
+        return [self.trained, *longer, *([self.full_trained] if {"overfitted", "full"} & variants else [])]
 
     def learnt(self) -> list[ImageSet]:
         """All generated images that discriminators learn from, drawn or found."""

@@ -153,8 +153,8 @@ def test_plan_counts_the_trainings_of_the_ladder_and_the_worse_images(monkeypatc
                         variants=list(VARIANTS))  # fmt: skip
     labels = [step.label for step in plan.steps(parameters)]
     trainings = [label for label in labels if label.startswith("training: ")]
-    # correct and as run, three seeds each; two faults; a sweep; bootstrap, disjoint, long, overfitted, full, worse
-    assert len(trainings) == len(set(trainings)) == 3 + 3 + 2 + 1 + 6
+    # correct and as run, three seeds each; two faults; a sweep; bootstrap, disjoint, long, full, worse
+    assert len(trainings) == len(set(trainings)) == 3 + 3 + 2 + 1 + 5
     assert "fake set of 6 steps" in labels and "fake set" in labels
 
 
