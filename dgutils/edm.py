@@ -19,19 +19,7 @@ def _xavier_uniform(shape, fan_in, fan_out, gain=1.0):
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-class _Layer(nn.Module):
-    """A layer that computes in its weights' precision whatever the autocast, once `exact` is set."""
-
-    exact = False
-
-    def __call__(self, x):
-        if not self.exact:
-            return super().__call__(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().__call__(x.to(self.weight.dtype))
-
-
-class Linear(_Layer, nn.Linear):
+class Linear(nn.Linear):
     def __init__(self, fan_in, fan_out, bias=True):
         super().__init__(fan_in, fan_out, bias)
         self.weight = _xavier_uniform((fan_out, fan_in), fan_in, fan_out)
@@ -39,7 +27,7 @@ class Linear(_Layer, nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class Conv2d(_Layer):
+class Conv2d(nn.Module):
     """Same-size convolution, optionally after doubling or halving the resolution; kernel 0 only resamples.
 
     resample_filter: [1, 1], a box, or [1, 3, 3, 1], applied along both axes. fused: convolve before the filter
@@ -237,15 +225,13 @@ class SongUNet(nn.Module):
     Input and output [N, channels, R, R]; `noise_label` is c_noise, [N]; class_labels one-hot [N, label_dim].
     embedding_type "positional" or "fourier"; encoder_type "standard", or feeds the downsampled image to every
     level by "skip" or "residual" sums; decoder_type "standard", or sums images of every level, "skip".
-    float32_sums: in mixed precision, what the residual blocks add up stays in float32, from the first convolution and
-    the noise embedding to the last convolution; a small network needs it for images that are right to a grey level.
     Raises UserError for another name.
     """
 
     def __init__(self, img_resolution, channels, label_dim=0, augment_dim=0, model_channels=128,
                  channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.0,
                  label_dropout=0.0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
-                 decoder_type="standard", resample_filter=(1, 1), float32_sums=False):  # fmt: skip
+                 decoder_type="standard", resample_filter=(1, 1)):
         super().__init__()
         for value, known in ((embedding_type, EMBEDDINGS), (encoder_type, ENCODERS), (decoder_type, DECODERS)):
             if value not in known:
@@ -306,12 +292,6 @@ class SongUNet(nn.Module):
                 self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(width)
                 self.dec[f"{res}x{res}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
 
-        projections = [block.affine for block in self.modules() if isinstance(block, UNetBlock)]
-        size = f"{img_resolution}x{img_resolution}"
-        ends = [self.enc[f"{size}_conv"], self.dec[f"{size}_aux_conv"]]
-        for layer in (self.map_layer0, self.map_layer1, *projections, *ends):
-            layer.exact = float32_sums
-
     def forward(self, x, noise_label, class_labels=None):
         emb = self.map_noise(noise_label)
         if self.map_label is not None:
@@ -355,15 +335,17 @@ class Denoiser(nn.Module):
     EDM eq. 7: D = c_skip x + c_out F(c_in x; c_noise). `patch_size` 2 runs F on the pixel-unshuffled image,
     a quarter of the positions with four times the channels, about twice as efficient on a CPU; 1 is published.
     sigma_min, sigma_max: the noise levels that the network supports, for the sampler.
+    float32_levels: (from, to), noise levels where the sampler lets it compute in float32 though the rest be mixed; a
+    small network needs that, where an image takes shape, for pixels that are right to a grey level.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, patch_size=1, sigma_min=0.0,
-                 sigma_max=math.inf, **unet):  # fmt: skip
+                 sigma_max=math.inf, float32_levels=(math.inf, 0.0), **unet):  # fmt: skip
         super().__init__()
         if img_resolution % patch_size:
             raise UserError(f"Denoiser: image size {img_resolution} is not divisible by patch_size {patch_size}")
         self.shape = (img_channels, img_resolution, img_resolution)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max, self.float32_levels = sigma_min, sigma_max, tuple(float32_levels)
         self.label_dim, self.sigma_data, self.patch_size = label_dim, sigma_data, patch_size
         self.model = SongUNet(img_resolution // patch_size, img_channels * patch_size**2, label_dim, **unet)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from . import weights
 from .errors import UserError
@@ -234,6 +235,18 @@ class _Rows:
         return self.x[rows] - self.centre  # [B,d]
 
 
+def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b^T [B,B'] of rows [B,d] and [B',d].
+
+    On a CPU in float32 by a 1 x 1 convolution: oneDNN has AVX-512 products for every make, which are twice as fast on
+    AMD as MKL's, the library that a @ b.T calls.
+    """
+    if a.is_cuda or a.dtype != torch.float32:
+        return a @ b.T
+    image = a[None, :, None].permute(0, 3, 1, 2)  # [1,d,B,1], channels-last as it lies
+    return F.conv2d(image, b[:, :, None, None])[0, :, :, 0].T
+
+
 def _pairs(a: _Rows, b: _Rows):
     """Tiles of all pairs: rows of a, rows of b, kernel (x.y/d + 1)^3, squared distances. One product each.
 
@@ -244,7 +257,7 @@ def _pairs(a: _Rows, b: _Rows):
         p = a.tile(i)
         for j in b.slices:
             if a is not b or j.start >= i.start:
-                gram = p @ b.tile(j).T  # [B,B']
+                gram = _products(p, b.tile(j))  # [B,B']
                 kernel = torch.add(a.share[i, None] / dim + 1, gram, alpha=1 / dim).add_(b.share[j] / dim).pow_(3)
                 yield i, j, kernel, torch.add(a.square[i, None], gram, alpha=-2).add_(b.square[j])
 

@@ -33,14 +33,17 @@ def autocast(device, precision: str):
 def network_denoiser(network, precision: str = "float32", class_labels=None) -> Denoise:
     """A trained `Denoiser` as the sampler's callable; its networks run in `precision`, sums in float64.
 
-    Raises UserError for an unknown precision.
+    A batch with an image at one of the network's `float32_levels` runs in float32. Raises UserError for an unknown
+    precision.
     """
     device = next(network.parameters()).device
     autocast(device, precision)
+    low, high = network.float32_levels
 
     @torch.no_grad()
     def denoise(x, sigma, step, order):
-        with autocast(device, precision):
+        exact = low < high and bool(((low <= sigma) & (sigma <= high)).any())
+        with autocast(device, "float32" if exact else precision):
             return network(x, sigma, class_labels).double()
 
     return denoise
