@@ -39,7 +39,7 @@ from .store import Store, provenance, write_file
 RUNS = 5
 # name -> score network, extractor, head's width, blocks and attention channels, images at once, steps
 SIZES = {
-    "Fashion-MNIST, small": ("fashion-mnist-edm", "fashion-mnist-adm", 16, 1, 16, 250, 6),
+    "Fashion-MNIST, small": ("fashion-mnist-edm", "fashion-mnist-adm", 16, 0, 16, 250, 6),
     "CIFAR-10, small": ("cifar10-edm-2m", "cifar10-adm", 32, 1, 32, 125, 6),
     "CIFAR-10, published": ("edm-cifar10-32x32-uncond-vp", "32x32_classifier", 128, 2, 64, 8, 3),
 }
