@@ -309,7 +309,8 @@ TABLES = {  # part -> title, what it says, heads of the columns
                  ["networks", "images", "one", "six", "cost"]),
     "limits": ("Share of the machine's limit",
                "One guided step of the published architecture against a square matrix product in the same precision, "
-               "in GFLOP/s. Over 100 %: the step's convolutions are oneDNN's, the product MKL's, slow on AMD.", ["precision", "matrix product", "guided step", "share"]),
+               "in GFLOP/s. Over 100 %: the step's convolutions are oneDNN's, the product MKL's, slow on AMD.",
+               ["precision", "matrix product", "guided step", "share"]),
     "cosines": ("bfloat16 against float32 guidance", "Cosine of the gradients of log r on noised test images.",
                 ["sigma", "median", "least"]),
     "growth": ("More images",
