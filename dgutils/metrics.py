@@ -238,10 +238,10 @@ class _Rows:
 def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b^T [B,B'] of rows [B,d] and [B',d].
 
-    On a CPU in float32 by a 1 x 1 convolution: oneDNN has AVX-512 products for every make, which are twice as fast on
-    AMD as MKL's, the library that a @ b.T calls.
+    On a CPU in float32 by a 1 x 1 convolution: that is oneDNN's, whose AVX-512 serves every make; on AMD it is twice as
+    fast as MKL's product, which a @ b.T calls.
     """
-    if a.is_cuda or a.dtype != torch.float32:
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return a @ b.T
     image = a[None, :, None].permute(0, 3, 1, 2)  # [1,d,B,1], channels-last as it lies
     return F.conv2d(image, b[:, :, None, None])[0, :, :, 0].T

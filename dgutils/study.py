@@ -430,11 +430,15 @@ class Study:
         return discriminators(self.store, self.first_alone(), self.worse_fakes, "generated against worse",
                               better=self.fakes)  # fmt: skip
 
+    def courses(self) -> dict[str, Trained]:
+        """Notebook 06: the longer trainings whose course it shows, those that the profile's variants have."""
+        longer = {"long": lambda: self.long_trained, "full": lambda: self.full_trained}
+        wanted = {"full" if name.startswith(("full", "overfitted")) else name for name in self.variants}
+        return {name: training() for name, training in longer.items() if name in wanted}
+
     def looked_into(self) -> list[Trained]:
         """The trainings whose course the notebooks show, and which they need whatever scores are kept."""
-        variants = {name.partition("_")[0] for name in self.variants}
-        longer = [self.long_trained] if "long" in variants else []
-        return [self.trained, *longer, *([self.full_trained] if {"overfitted", "full"} & variants else [])]
+        return [self.trained, *self.courses().values()]
 
     def learnt(self) -> list[ImageSet]:
         """All generated images that discriminators learn from, drawn or found."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dgutils import adm, checkpoints, jobs, standins, weights
+from dgutils import adm, checkpoints, jobs, pretrain, standins, weights
 from dgutils.adm import EncoderUNet
 from dgutils.edm import Denoiser
 from dgutils.errors import UserError
@@ -378,3 +378,11 @@ def test_loading_needs_none_of_the_references_packages(folder):
             "'guided_diffusion')])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, folder / "edm_vp.pkl"], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(checkpoints.ASSETS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_recipe_of_a_shipped_network_is_the_same_beside_in_its_card_and_in_its_file(path):
+    """Its file above all: the store knows a network by the file's checksum, so other options need another file."""
+    card, recipe = checkpoints.model_card(path.stem), pretrain.load_recipe(path.stem)
+    assert json.loads(checkpoints.read_tensors(path)[1]["recipe"]) == card["recipe"] == recipe
+    assert checkpoints.sha256_of(path) == card["sha256"]

@@ -415,3 +415,11 @@ def test_errors_are_one_clear_line(call, message):
     with pytest.raises(UserError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rows, others, dim", [(7, 5, 3), (1, 300, 64), (130, 1, 2048)])
+def test_products_of_rows_are_right_in_either_precision(rows, others, dim):
+    a, b = torch.randn(rows + 2, dim)[2:], torch.randn(others, dim)
+    right = a.double() @ b.double().T
+    assert torch.equal(metrics._products(a.double(), b.double()), right)
+    assert (metrics._products(a, b) - right).abs().max() < 1e-5 * dim**0.5
