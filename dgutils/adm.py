@@ -151,7 +151,7 @@ class EncoderUNet(nn.Module):
 
     image_size: side of the square input; in_channels, out_channels: of input and output
     model_channels: base width; a level has model_channels * its entry of channel_mult
-    num_res_blocks: residual blocks a level; levels are separated by downsampling residual blocks
+    num_res_blocks: residual blocks a level, 0 only if all have one width; levels are separated by downsampling ones
     attention_resolutions: downsampling factors (after patching; 1 is the first level) whose blocks attend
     num_head_channels: channels of an attention head; num_classes: 0, or the size of the label embedding
     patch_size: p > 1 folds p x p pixels into channels before the stem, and the grid shrinks p-fold
@@ -169,6 +169,12 @@ class EncoderUNet(nn.Module):
         if image_size % shrink:
             raise UserError(f"image_size {image_size} is not a multiple of {shrink}, which patch_size "
                             f"{patch_size} and {len(widths)} levels need")
+        if model_channels < 2 or model_channels % 2 or num_head_channels < 1:
+            raise UserError(f"model_channels {model_channels}, num_head_channels {num_head_channels}: the first must be "
+                            "even, both positive")  # fmt: skip
+        least = int(len(set(widths)) > 1)
+        if num_res_blocks < least:
+            raise UserError(f"num_res_blocks {num_res_blocks}: at least {least}, as these levels' widths need")
         attended = [w for level, w in enumerate(widths) if 2**level in attention_resolutions] + widths[-1:]
         if any(width % num_head_channels for width in attended):
             raise UserError(f"attention widths {attended} are not all multiples of num_head_channels "

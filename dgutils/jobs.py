@@ -286,14 +286,19 @@ class Training:
 
 
 def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_head_channels: int) -> dict:
-    """Arguments of the shallow head on an extractor's features: one level, attention, one output (DG)."""
-    with torch.device("meta"):  # its shapes, without its file
+    """Arguments of the shallow head on an extractor's features: one level, attention, one output (DG).
+
+    Raises UserError for those that make no network.
+    """
+    with torch.device("meta"):  # their shapes, without a file
         channels, size, _ = EncoderUNet(**checkpoints.network_config(feature_extractor)).feature_shape
-    return dict(
-        image_size=size, in_channels=channels, model_channels=width, out_channels=1,
-        num_res_blocks=num_res_blocks, attention_resolutions=[1], channel_mult=[1],
-        num_head_channels=num_head_channels,
-    )  # fmt: skip
+        head = dict(
+            image_size=size, in_channels=channels, model_channels=width, out_channels=1,
+            num_res_blocks=num_res_blocks, attention_resolutions=[1], channel_mult=[1],
+            num_head_channels=num_head_channels,
+        )  # fmt: skip
+        EncoderUNet(**head)  # says what does not fit
+    return head
 
 
 def scaled_members(names, learning_rates, weight_decays, epochs, min_times, epoch_scale: float):
