@@ -170,8 +170,8 @@ class EncoderUNet(nn.Module):
             raise UserError(f"image_size {image_size} is not a multiple of {shrink}, which patch_size "
                             f"{patch_size} and {len(widths)} levels need")
         if model_channels < 2 or model_channels % 2 or num_head_channels < 1:
-            raise UserError(f"model_channels {model_channels}, num_head_channels {num_head_channels}: the first must be "
-                            "even, both positive")  # fmt: skip
+            raise UserError(f"model_channels {model_channels}, num_head_channels {num_head_channels}: the first is "
+                            "even, both are positive")  # fmt: skip
         least = int(len(set(widths)) > 1)
         if num_res_blocks < least:
             raise UserError(f"num_res_blocks {num_res_blocks}: at least {least}, as these levels' widths need")

@@ -87,7 +87,7 @@ CASES = {
     "head channels that do not divide": (lambda s: network(EncoderUNet, num_head_channels=5), "multiples of num_head_channels 5"),
     "encoder without blocks to widen": (lambda s: network(EncoderUNet, num_res_blocks=0, channel_mult=(1, 2)), "num_res_blocks 0: at least 1"),
     "fewer blocks of a head than none": (lambda s: jobs.head_config("fashion-mnist-adm", 16, -1, 16), "num_res_blocks -1: at least 0"),
-    "head without width": (lambda s: jobs.head_config("fashion-mnist-adm", 0, 1, 16), "model_channels 0, .*: the first must be even"),
+    "head without width": (lambda s: jobs.head_config("fashion-mnist-adm", 0, 1, 16), "model_channels 0, .*: the first is even"),
     "encoder, other size": (lambda s: network(EncoderUNet).features(torch.zeros(2, 1, 28, 28), 0.5), r"takes inputs \[N, 1, 32, 32\], got"),
     "labels for an unconditional encoder": (lambda s: network(EncoderUNet)(torch.zeros(2, 1, 32, 32), 0.5, torch.zeros(2, dtype=torch.int64)),
                                             "class labels are needed by class-conditional"),
