@@ -1,6 +1,7 @@
 """Discriminator guidance, reproduced: the command line behind the Makefile."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -137,11 +138,20 @@ def _keep(args):
 
 
 def _train(args):
-    from .pretrain import export, train_network
+    from .checkpoints import write_parts
+    from .pretrain import export, join, train_network
 
     out = Path(args.out) if args.out else repo_root() / "runs" / "networks"
-    path = export(args.name, out) if args.export else train_network(args.name, out, args.threads)
-    print(f"wrote {path} and its model card; to ship them, move both to dgutils/assets")
+    if args.join:
+        path = join(args.name, Path(args.join), out)
+    else:
+        path = export(args.name, out) if args.export else train_network(args.name, out, args.threads,
+                                                                         minutes=args.minutes)  # fmt: skip
+    if args.parts:
+        write_parts(path, out)
+    finished = json.loads(path.with_suffix(".json").read_text())["finished"]
+    state = "" if finished else " (unfinished: the same command goes on)"
+    print(f"wrote {path} and its model card{state}; to ship them, move both to dgutils/assets")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("name", help="the recipe: dgutils/assets/NAME.yaml")
         sub.add_argument("--out", help="folder of checkpoint and result [runs/networks]")
         sub.add_argument("--threads", type=int, help="CPU threads [all]")
+        sub.add_argument("--minutes", type=float, metavar="M", help="train for so long, whatever the recipe's images")
+        sub.add_argument("--parts", action="store_true", help="write the weights in parts of 15 MiB, too")
+        sub.add_argument("--join", metavar="FOLDER", help="only put the parts in FOLDER together, and check them")
         sub.add_argument("--export", action="store_true", help="only write the weights of the checkpoint so far")
     return parser
 

@@ -5,6 +5,7 @@ What does not fit is named, with the likely cause.
 """
 
 import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,39 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}): restore or delete it") from error
+
+
+PART_BYTES = 15 * 2**20  # of a file that must pass where only small ones may
+
+
+def write_parts(path: Path, folder: Path) -> list[Path]:
+    """Copy a file into `folder` as NAME.part0, NAME.part1, ... of at most `PART_BYTES` each; returns their paths.
+
+    Parts of an earlier, longer file are removed. `join_parts` puts them together.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data, parts = path.read_bytes(), []
+    for start in range(0, max(1, len(data)), PART_BYTES):
+        parts.append(folder / f"{path.name}.part{len(parts)}")
+        temporary = folder / f".{parts[-1].name}.tmp"
+        temporary.write_bytes(data[start : start + PART_BYTES])
+        temporary.replace(parts[-1])
+    for stale in set(folder.glob(f"{path.name}.part*")) - set(parts):
+        stale.unlink()
+    return parts
+
+
+def join_parts(path: Path, target: Path, sha256: str) -> Path:
+    """Join PATH.part0, PATH.part1, ... into `target`. Raises UserError unless its checksum is the one given."""
+    parts = sorted(path.parent.glob(f"{path.name}.part*"), key=lambda part: int(part.name.rpartition("part")[2]))
+    data = b"".join(part.read_bytes() for part in parts)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path}.part*: {len(parts)} parts, {len(data):,} bytes, which are not the file with checksum "
+                        f"{sha256[:12]}: is one missing, or of another file?")
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(target)
+    return target
 
 
 # ---- shipped networks --------------------------------------------------------------------

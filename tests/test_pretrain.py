@@ -1,12 +1,16 @@
 """Training of the shipped networks: resumable to the same bits, and cards that describe what is shipped."""
 
+import contextlib
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
 import yaml
 
-from dgutils import checkpoints, pretrain
+from dgutils import checkpoints, datasets, pretrain
 from dgutils.errors import UserError
 
 RECIPE = """
@@ -28,7 +32,8 @@ def assets(tmp_path, monkeypatch):
     (folder / "toy.yaml").write_text(RECIPE)
     for module in (checkpoints, pretrain):
         monkeypatch.setattr(module, "ASSETS", folder)
-    monkeypatch.setattr(pretrain, "_evaluate", lambda weights, recipe: {})
+    monkeypatch.setattr(pretrain, "_evaluate", lambda *args: {})
+    datasets.load_dataset("fashion_mnist", "train")  # remembered: trainings by the clock have a second or two
     checkpoints._load.cache_clear()
     return folder
 
@@ -127,10 +132,23 @@ def test_a_start_that_does_not_fit_is_refused(assets, tmp_path, start, change, m
 
 
 def test_learning_rate_warms_up_stays_and_decays():
-    recipe = dict(learning_rate=1.0, warmup_steps=10, decay_images=400, batch_size=10)
-    rates = [pretrain._learning_rate(step, 100, recipe) for step in range(100)]
+    training = dict(learning_rate=1.0, warmup_steps=10, images=1000, decay_images=400, batch_size=10)
+    course = pretrain._ByImages(training)
+    rates = [pretrain._learning_rate(step, course.decayed(step), training) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1
     assert rates[80] == pytest.approx(0.5) and rates[99] < 0.01
+
+
+def test_learning_rate_falls_over_the_share_of_the_minutes(monkeypatch):
+    training = dict(learning_rate=1.0, warmup_steps=1, images=1000, decay_images=400, batch_size=10)
+    now = [100.0]
+    monkeypatch.setattr(pretrain.time, "monotonic", lambda: now[0])
+    course, rates = pretrain._ByTime(training, 2), []
+    while not course.over(0):
+        rates.append(pretrain._learning_rate(0, course.decayed(0), training))
+        now[0] += 1
+    assert len(rates) == 120 and rates[0] == rates[71] == 1
+    assert rates[96] == pytest.approx(0.5) and 0 < rates[119] < 0.01
 
 
 def test_diverging_training_stops_with_its_step(assets, tmp_path, monkeypatch):
@@ -172,3 +190,107 @@ def test_altered_weights_are_refused(assets, tmp_path):
         checkpoints.load_denoiser("toy")
     with pytest.raises(UserError, match="not a readable safetensors"):
         checkpoints.read_tensors(assets / trained.name)
+
+
+def test_minutes_end_a_training_and_a_later_call_goes_on(assets, tmp_path):
+    """Whatever the recipe's images: 0.02 minutes are many more steps than its six."""
+    (assets / "toy.yaml").write_text(RECIPE.replace("log_every: 2", "log_every: 1"))
+    first = pretrain.train_network("toy", tmp_path / "out", minutes=0.05)
+    card = json.loads(first.with_suffix(".json").read_text())
+    assert card["finished"] and card["images_seen"] > 48 and card["device"] == "CPU"
+    again = pretrain.train_network("toy", tmp_path / "out", minutes=0.05)
+    later = json.loads(again.with_suffix(".json").read_text())
+    assert later["images_seen"] > card["images_seen"] and later["optimizer_restarted_at_images"] == 0
+    assert later["loss_curve"][: len(card["loss_curve"])] == card["loss_curve"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_weights_card_and_checkpoint_to_go_on_from(assets, tmp_path, monkeypatch, number):
+    real, calls = pretrain.edm.edm_loss, []
+
+    def signalled_at_the_third_step(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    whole = pretrain.train_network("toy", tmp_path / "whole")
+    monkeypatch.setattr(pretrain.edm, "edm_loss", signalled_at_the_third_step)
+    usual = signal.getsignal(number)
+    stopped = pretrain.train_network("toy", tmp_path / "out")
+    card = json.loads(stopped.with_suffix(".json").read_text())
+    assert not card["finished"] and card["images_seen"] == 24 and signal.getsignal(number) == usual
+    assert pretrain.train_network("toy", tmp_path / "out").read_bytes() == whole.read_bytes()
+
+
+def test_power_lost_between_saves_leaves_weights_that_load(assets, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pretrain, "_evaluate", lambda *args: seen.append(args) or {})
+    real, calls = pretrain.edm.edm_loss, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise SystemExit
+        return real(*args)
+
+    monkeypatch.setattr(pretrain.edm, "edm_loss", dies)
+    with pytest.raises(SystemExit):
+        pretrain.train_network("toy", tmp_path / "out", save_minutes=0)
+    card = json.loads((tmp_path / "out" / "toy.json").read_text())
+    assert card["images_seen"] == 32 and not card["finished"] and card["evaluation"] is None and not seen
+    assert checkpoints.sha256_of(tmp_path / "out" / "toy.safetensors") == card["sha256"]
+
+
+def test_weights_pass_in_parts_and_are_joined_by_their_checksum(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PART_BYTES", 3000)
+    trained = pretrain.train_network("toy", tmp_path / "out")
+    parts = checkpoints.write_parts(trained, tmp_path / "parts")
+    assert len(parts) > 3 and max(part.stat().st_size for part in parts) == 3000
+    (tmp_path / "parts" / "toy.json").write_bytes(trained.with_suffix(".json").read_bytes())
+    joined = pretrain.join("toy", tmp_path / "parts", tmp_path / "joined")
+    assert joined.read_bytes() == trained.read_bytes()
+    parts[1].unlink()
+    with pytest.raises(UserError, match="is one missing"):
+        pretrain.join("toy", tmp_path / "parts", tmp_path / "joined")
+    with pytest.raises(UserError, match="tyo.json is absent"):
+        pretrain.join("tyo", tmp_path / "parts", tmp_path / "joined")
+
+
+def test_a_compiler_that_fails_is_one_line_and_the_loss_as_it_was(monkeypatch, capsys):
+    model = torch.nn.Linear(2, 1)
+
+    def loss(model, x):
+        return model(x).sum()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    chosen = pretrain._faster(loss, model, (torch.ones(4, 2),), contextlib.nullcontext, torch.device("cpu"))
+    assert chosen is loss and model.weight.grad is None
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_compiled_loss_is_chosen_if_it_is_faster(monkeypatch):
+    model, calls = torch.nn.Linear(2, 1), []
+
+    def slow(model, x):
+        time.sleep(0.01)
+        return model(x).sum()
+
+    def fast(model, x):
+        calls.append(1)
+        return model(x).sum()
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fast)
+    arguments = model, (torch.ones(4, 2),), contextlib.nullcontext, torch.device("cpu")
+    assert pretrain._faster(slow, *arguments) is fast and calls
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: slow)
+    assert pretrain._faster(fast, *arguments) is fast
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
+def test_impossible_minutes_are_refused(assets, tmp_path, minutes):
+    with pytest.raises(UserError, match="give a number above 0"):
+        pretrain.train_network("toy", tmp_path / "out", minutes=minutes)
