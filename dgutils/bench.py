@@ -155,15 +155,19 @@ def _load(name: str, kind: str):
     return network.eval().requires_grad_(False).to(jobs.device())
 
 
+def _wake(network, generator) -> None:
+    """Random weights in the place of those that training starts at zero or nearly, so that every layer acts."""
+    for value in network.parameters():
+        if value.ndim > 1 and value.abs().max() < 1e-3:
+            value.copy_(torch.randn(value.shape, generator=generator) / math.sqrt(value[0].numel()))
+
+
 def _heads(extractor_name: str, width: int, blocks: int, channels: int, count: int) -> list:
     """Heads that answer something: what training starts from zero is random here."""
     heads = [init_head(jobs.head_config(extractor_name, width, blocks, channels), 0, m) for m in range(count)]
     generator = torch.Generator().manual_seed(0)
     for head in heads:
-        head.eval().requires_grad_(False)
-        for value in head.parameters():
-            if value.ndim > 1 and not value.any():
-                value.copy_(torch.randn(value.shape, generator=generator) / math.sqrt(value[0].numel()))
+        _wake(head.eval().requires_grad_(False), generator)
     return [head.to(jobs.device()) for head in heads]
 
 

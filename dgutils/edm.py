@@ -188,7 +188,9 @@ class UNetBlock(nn.Module):
             n, c, height, width = x.shape
             qkv = self.qkv(self.norm2(x)).reshape(n, c, 3, height * width)  # published layout: channel-major
             q, k, v = qkv.permute(2, 0, 3, 1).unbind(0)  # each [N, HW, C]
-            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+            if x.is_cuda:  # whose fused kernels ask for heads, and for channels that lie together
+                q, k, v = (part.unsqueeze(1).contiguous() for part in (q, k, v))
+            a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
             x = (x + self.proj(a)) * math.sqrt(0.5)
         return x
 
