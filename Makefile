@@ -68,7 +68,7 @@ lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" g
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 bench: .venv/.complete  ## measure the claims of speed and memory, write docs/bench.md; nothing else should run meanwhile
-	@$(PY) -m dgutils bench $(ARGS)
+	@$(PY) tests/bench.py $(ARGS)
 
 # Needs no packages: it says which are missing.
 doctor:  ## is everything here that PROFILE=quick (default) needs?

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
-from .noise import keyed_rng
+from dgutils.errors import UserError
+from dgutils.noise import keyed_rng
 
 # sha256 of the canonical images and labels (see `_canonical`), measured once from two independent sources.
 CHECKSUMS = {

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import distributed
-from .adm import EncoderUNet
-from .errors import UserError
-from .noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma, vp_to_cosine_time
-from .sampler import autocast
+from dgutils.errors import UserError
+from dgutils.networks.adm import EncoderUNet
+from dgutils.noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma, vp_to_cosine_time
+from dgutils.pipeline import distributed
+from dgutils.sampler import autocast
 
 # Third word of the random key: which use a stream serves (0 is the sampler's, see noise.PerSampleNoise).
 TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5

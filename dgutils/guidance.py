@@ -8,9 +8,9 @@ import math
 
 import torch
 
-from .errors import UserError
-from .noise import sigma_to_vp_time, vp_scale
-from .sampler import Churn, Denoise, NotFinite, autocast
+from dgutils.errors import UserError
+from dgutils.noise import sigma_to_vp_time, vp_scale
+from dgutils.sampler import Churn, Denoise, NotFinite, autocast
 
 # Boosting (DG section 4.3): (period, phase) of the steps with extra noise, and of those with doubled guidance.
 # "released" is the authors' code; "paper" is their text, every odd denoising step for both.

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import weights
-from .errors import UserError
+from dgutils.errors import UserError
+from dgutils.networks import weights
 
 DEFAULT_SPACE = "efficientnet-lite0@128"
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from .errors import UserError
+from dgutils.errors import UserError
 
 BETA_MIN, BETA_MAX = 0.1, 20.0
 

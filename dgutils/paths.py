@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from .errors import UserError
+from dgutils.errors import UserError
 
 
 def repo_root() -> Path:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import UserError
-from .noise import PerSampleNoise, karras_sigmas
+from dgutils.errors import UserError
+from dgutils.noise import PerSampleNoise, karras_sigmas
 
 # A churn of each image: S_churn [N] and S_noise [N].
 Churn = tuple[torch.Tensor, torch.Tensor]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .discriminator import RULES
-from .noise import PerSampleNoise, karras_sigmas, keyed_rng, vp_scale, vp_time_to_sigma
-from .sampler import edm_sampler
+from dgutils.discriminator import RULES
+from dgutils.noise import PerSampleNoise, karras_sigmas, keyed_rng, vp_scale, vp_time_to_sigma
+from dgutils.sampler import edm_sampler
 
 
 @dataclass(frozen=True)

@@ -45,18 +45,21 @@ if __name__ == "__main__":
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import bench  # noqa: E402
 import numpy as np  # noqa: E402
 import test_parity_networks as networks  # noqa: E402
 import test_parity_sampling as sampling  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from dgutils import bench, checkpoints, datasets, jobs  # noqa: E402
-from dgutils.adm import EncoderUNet  # noqa: E402
+from dgutils import datasets  # noqa: E402
 from dgutils.discriminator import TABLE_1, Ensemble, train_discriminators  # noqa: E402
-from dgutils.edm import Denoiser, GroupNorm  # noqa: E402
 from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio  # noqa: E402
+from dgutils.networks import checkpoints  # noqa: E402
+from dgutils.networks.adm import EncoderUNet  # noqa: E402
+from dgutils.networks.edm import Denoiser, GroupNorm  # noqa: E402
 from dgutils.noise import PerSampleNoise, karras_sigmas  # noqa: E402
+from dgutils.pipeline import jobs  # noqa: E402
 from dgutils.sampler import edm_sampler, network_denoiser  # noqa: E402
 
 parity = networks.parity

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dgutils import checkpoints, datasets, pretrain
-from dgutils.edm import Denoiser
+from dgutils import datasets
+from dgutils.networks import checkpoints, pretrain
+from dgutils.networks.edm import Denoiser
 from dgutils.noise import PerSampleNoise, karras_sigmas
 from dgutils.sampler import edm_sampler, network_denoiser
 

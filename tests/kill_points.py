@@ -32,10 +32,12 @@ import test_jobs as tiny  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dgutils import jobs, plots, results  # noqa: E402
 from dgutils.discriminator import MemberConfig  # noqa: E402
-from dgutils.report import write_latex  # noqa: E402
-from dgutils.store import Store  # noqa: E402
+from dgutils.pipeline import jobs  # noqa: E402
+from dgutils.pipeline.store import Store  # noqa: E402
+from dgutils.results import plots  # noqa: E402
+from dgutils.results import records as results  # noqa: E402
+from dgutils.results.report import write_latex  # noqa: E402
 
 MEMBERS = (MemberConfig("a", 1e-2, 0.0, 8), MemberConfig("b", 1e-3, 1e-7, 5, 0.01))
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}  # and files opened to be written
@@ -89,7 +91,7 @@ def report(folder):
 
 
 def notebook(folder):
-    from dgutils.notebooks import run_profile
+    from dgutils.pipeline.notebooks import run_profile
 
     run_profile("smoke")
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils.adm import (
+from dgutils.errors import UserError
+from dgutils.networks.adm import (
     PUBLISHED_EXTRACTOR,
     PUBLISHED_HEAD,
     AttentionBlock,
@@ -13,7 +14,6 @@ from dgutils.adm import (
     GroupNorm,
     timestep_embedding,
 )
-from dgutils.errors import UserError
 
 SMALL = dict(image_size=16, in_channels=2, model_channels=32, out_channels=5, num_res_blocks=1,
              attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=32)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import analysis
 from dgutils.discriminator import Ensemble, raw_logits_as_probabilities
 from dgutils.errors import UserError
-from dgutils.jobs import ImageSet, Scores
 from dgutils.metrics import Interval, Resampled
-from dgutils.results import Recorder
+from dgutils.pipeline.jobs import ImageSet, Scores
+from dgutils.results import analysis
+from dgutils.results.records import Recorder
 
 
 @pytest.mark.parametrize("low, high, word, down, up", [

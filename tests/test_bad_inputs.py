@@ -9,13 +9,17 @@ import pytest
 import test_jobs as tiny
 import torch
 
-from dgutils import __main__, checkpoints, datasets, guidance, jobs, metrics, noise, pretrain, results, weights
-from dgutils.adm import EncoderUNet
+from dgutils import datasets, guidance, metrics, noise
+from dgutils.cli import main as __main__
 from dgutils.discriminator import Discriminator, Ensemble, MemberConfig, train_discriminators
-from dgutils.edm import Denoiser
 from dgutils.errors import UserError
+from dgutils.networks import checkpoints, pretrain, weights
+from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.edm import Denoiser
+from dgutils.pipeline import jobs
+from dgutils.pipeline.store import Store
+from dgutils.results import records as results
 from dgutils.sampler import autocast, edm_sampler, network_denoiser
-from dgutils.store import Store
 
 NAN, INF = math.nan, math.inf
 RNG = np.random.default_rng(0)

@@ -2,10 +2,10 @@
 
 from types import SimpleNamespace
 
+import bench
 import pytest
 import torch
 
-from dgutils import bench
 from dgutils.errors import UserError
 from dgutils.noise import PerSampleNoise, karras_sigmas
 from dgutils.sampler import edm_sampler

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dgutils import adm, checkpoints, jobs, pretrain, standins, weights
-from dgutils.adm import EncoderUNet
-from dgutils.edm import Denoiser
 from dgutils.errors import UserError
-from dgutils.inspection import inspect
+from dgutils.networks import adm, checkpoints, pretrain, standins, weights
+from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.edm import Denoiser
+from dgutils.networks.inspection import inspect
 from dgutils.noise import vp_to_cosine_time
+from dgutils.pipeline import jobs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = dict(img_resolution=8, img_channels=3, sigma_data=0.5, model_channels=8, channel_mult=[1, 2], num_blocks=1,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from dgutils.adm import EncoderUNet
 from dgutils.discriminator import (
     RESAMPLINGS,
     RULES,
@@ -21,6 +20,7 @@ from dgutils.discriminator import (
     train_discriminators,
 )
 from dgutils.errors import UserError
+from dgutils.networks.adm import EncoderUNet
 from dgutils.noise import keyed_rng, vp_scale, vp_time_to_sigma
 
 EXTRACTOR = dict(image_size=8, in_channels=1, model_channels=8, out_channels=3, num_res_blocks=0,

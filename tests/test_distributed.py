@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgutils import distributed, jobs
-from dgutils.adm import EncoderUNet
 from dgutils.errors import UserError
-from dgutils.store import Store
+from dgutils.networks.adm import EncoderUNet
+from dgutils.pipeline import distributed, jobs
+from dgutils.pipeline.store import Store
 
 IMAGES = 80  # ten shards
 
@@ -195,7 +195,7 @@ def test_ctrl_c_stops_all_ranks(tmp_path):
     """As `make` gets it from the terminal: the parent hears it, its ranks live in sessions of their own."""
     code = textwrap.dedent(f"""
         import sys
-        from dgutils import distributed
+        from dgutils.pipeline import distributed
         try:
             distributed.run_ranks(2, [{__file__!r}, "dawdle", {str(tmp_path)!r}, "5"])
         except KeyboardInterrupt:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dgutils import checkpoints, datasets, doctor
+from dgutils import datasets
+from dgutils.cli import doctor
 from dgutils.errors import UserError
+from dgutils.networks import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"score_network": "fashion-mnist-edm", "feature_extractor": "fashion-mnist-adm"}

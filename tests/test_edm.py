@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dgutils import checkpoints, edm
 from dgutils.errors import UserError
+from dgutils.networks import checkpoints, edm
 from dgutils.sampler import network_denoiser
 
 TINY = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1,

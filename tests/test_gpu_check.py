@@ -12,7 +12,8 @@ from pathlib import Path
 import gpu_check
 import torch
 
-from dgutils import jobs, notebooks, plan
+from dgutils.cli import plan
+from dgutils.pipeline import jobs, notebooks
 
 SCRIPT = Path(gpu_check.__file__)
 

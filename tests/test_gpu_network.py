@@ -9,7 +9,7 @@ from gpu_network import run
 from PIL import Image
 from test_pretrain import RECIPE, assets  # noqa: F401
 
-from dgutils import checkpoints, pretrain
+from dgutils.networks import checkpoints, pretrain
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import checkpoints, jobs, results, trace
-from dgutils import store as store_module
-from dgutils.adm import EncoderUNet
 from dgutils.discriminator import MemberConfig
-from dgutils.edm import Denoiser
 from dgutils.errors import UserError
-from dgutils.store import Store
+from dgutils.networks import checkpoints
+from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.edm import Denoiser
+from dgutils.pipeline import jobs
+from dgutils.pipeline import store as store_module
+from dgutils.pipeline.store import Store
+from dgutils.results import records as results
+from dgutils.results import trace
 
 SCORE = dict(img_resolution=32, img_channels=1, patch_size=4, model_channels=8, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=())  # fmt: skip
@@ -259,8 +262,9 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
     script = textwrap.dedent(f"""
         import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
         import test_jobs as t
-        from dgutils import checkpoints, jobs
-        from dgutils.store import Store
+        from dgutils.networks import checkpoints
+        from dgutils.pipeline import jobs
+        from dgutils.pipeline.store import Store
         score = t.random_network(t.Denoiser, t.SCORE, 0)
         checkpoints.load_denoiser = lambda name: score
         checkpoints.weights_digest = lambda name: "weights of " + name

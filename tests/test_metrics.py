@@ -3,12 +3,13 @@
 import threading
 import warnings
 
+import bench_metrics
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from dgutils import bench_metrics, metrics
+from dgutils import metrics
 from dgutils.errors import UserError
 
 

@@ -9,8 +9,8 @@ import nbformat
 import pytest
 
 from dgutils import __main__, results
-from dgutils.notebooks import load_profile
-from dgutils.study import Study
+from dgutils.pipeline.notebooks import load_profile
+from dgutils.pipeline.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))

@@ -11,7 +11,7 @@ import pytest
 from nbformat import v4
 
 from dgutils.errors import UserError
-from dgutils.notebooks import SENTINEL, as_yaml_float, parse_override, run_profile
+from dgutils.pipeline.notebooks import SENTINEL, as_yaml_float, parse_override, run_profile
 
 PARAMETERS = """profile: str = "smoke"
 steps: int = 2  # number of steps

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import adm, edm
-from dgutils.weights import registry
+from dgutils.networks import adm, edm
+from dgutils.networks.weights import registry
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import edm
 from dgutils.discriminator import Ensemble
 from dgutils.guidance import GuidedDenoiser
+from dgutils.networks import edm
 from dgutils.noise import PerSampleNoise, karras_sigmas, sample_vp_time, sigma_to_vp_time, vp_to_cosine_time
 from dgutils.sampler import edm_sampler, network_denoiser
 

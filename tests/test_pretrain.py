@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from dgutils import checkpoints, datasets, pretrain
+from dgutils import datasets
 from dgutils.errors import UserError
+from dgutils.networks import checkpoints, pretrain
 
 RECIPE = """
 what: a test

@@ -14,11 +14,11 @@ import pytest
 from matplotlib.figure import Figure
 from pypdf import PdfReader
 
-from dgutils import check_report, plots, report
 from dgutils.errors import UserError
-from dgutils.notebooks import every_parameter
-from dgutils.results import Recorder, Results, load_results, published
-from dgutils.study import Study
+from dgutils.pipeline.notebooks import every_parameter
+from dgutils.pipeline.study import Study
+from dgutils.results import check_report, plots, report
+from dgutils.results.records import Recorder, Results, load_results, published
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "\n".join(path.read_text() for path in [ROOT / "report/main.tex", *sorted(ROOT.glob("report/sections/*.tex"))])
@@ -73,7 +73,8 @@ def key_test(sources: list[str]):
 
 
 def test_every_key_of_the_text_is_recorded_or_published():
-    recorded = key_test([*CODE, *((ROOT / f"dgutils/{module}.py").read_text() for module in ("analysis", "study"))])
+    modules = [(ROOT / f"dgutils/{module}.py").read_text() for module in ("results/analysis", "pipeline/study")]
+    recorded = key_test([*CODE, *modules])
     for key in ("arm.paper.first.kid_chnage", "arm.papre.first.kid_change", "toy.exact"):
         assert not recorded(key), key  # so that the test can fail
     settings = vars(Study)["__dataclass_fields__"] if any(".settings(study)" in source for source in CODE) else ()
@@ -94,7 +95,7 @@ def test_a_guide_that_never_acts_is_a_line_of_the_legend():
 
 def test_equations_that_the_code_refers_to_are_in_the_report():
     text = "".join(path.read_text() for path in (ROOT / "report" / "sections").glob("*.tex"))
-    code = "".join(path.read_text() for path in (ROOT / "dgutils").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "dgutils").rglob("*.py"))
     named = set(re.findall(r"\beq:[a-z-]+", code))
     assert len(named) >= 7 and all(f"\\label{{{name}}}" in text for name in named)
 
@@ -104,7 +105,8 @@ def test_what_the_text_says_computes_an_equation_is_a_function():
     assert len(names) >= 8
     for name in names:
         room, function = name.split(".")
-        tree = ast.parse((ROOT / f"dgutils/{room}.py").read_text())
+        (path,) = (ROOT / "dgutils").rglob(f"{room}.py")
+        tree = ast.parse(path.read_text())
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}, name
 
 

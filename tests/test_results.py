@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from dgutils import results, trace
 from dgutils.errors import UserError
-from dgutils.report import write_latex
-from dgutils.results import (
+from dgutils.results import records as results
+from dgutils.results import trace
+from dgutils.results.records import (
     Recorder,
     format_value,
     latex_escape,
@@ -17,6 +17,7 @@ from dgutils.results import (
     print_summary,
     published,
 )
+from dgutils.results.report import write_latex
 
 WHERE = dict(label="FD", cell="The table of arms")
 

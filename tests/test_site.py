@@ -9,9 +9,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dgutils import plots, site
 from dgutils.errors import UserError
-from dgutils.results import Recorder
+from dgutils.results import plots, site
+from dgutils.results.records import Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
 

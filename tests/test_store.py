@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dgutils.errors import UserError
-from dgutils.store import Store, canonical_json, digest_of_array, digest_of_file, save_array, write_file
+from dgutils.pipeline.store import Store, canonical_json, digest_of_array, digest_of_file, save_array, write_file
 
 REPO = Path(__file__).parent.parent
 CONFIG = {"num_steps": 18, "weight": 2.0, "window": [0.01, 1.0]}
@@ -456,7 +456,7 @@ TestSetOfRows.settings = settings(max_examples=15, stateful_step_count=12, deadl
 SAMPLER = """
 import os, signal, sys, time
 import numpy as np
-from dgutils.store import Store
+from dgutils.pipeline.store import Store
 root, kill_at, calls, others = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 real_rename = os.rename
 count = 0
@@ -510,7 +510,7 @@ def test_two_processes_share_the_shards_of_one_set(tmp_path):
 def test_two_processes_compute_a_simple_artifact_once_and_a_killed_one_leaves_no_lock(tmp_path):
     code = """
 import sys, time
-from dgutils.store import Store
+from dgutils.pipeline.store import Store
 def make(folder):
     print("computing", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -541,7 +541,7 @@ def test_unwritable_root_is_one_clear_line(tmp_path):
 def test_read_only_store_still_gives_hits():
     code = """
 import os
-from dgutils.store import Store
+from dgutils.pipeline.store import Store
 if os.geteuid() == 0:
     os.setuid(65534)  # nobody: permissions do not stop root
 try:
@@ -571,7 +571,7 @@ def test_full_disk_is_one_clear_line_and_what_was_done_stays(store, monkeypatch,
 
     fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(10, rows_of, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr("dgutils.store.sync", full)
+        patch.setattr("dgutils.pipeline.store.sync", full)
         with pytest.raises(UserError, match="no space left under"):
             fakes.ensure(20, rows_of, progress=False)
     assert [path.name for path in fakes.artifact.path.iterdir()] == ["shard_00000"]
@@ -596,7 +596,7 @@ def test_revision_is_dirty_by_code_and_not_by_results(tmp_path):
         subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
     def dirty():
-        script = "from dgutils.store import provenance; print(provenance()['revision'])"
+        script = "from dgutils.pipeline.store import provenance; print(provenance()['revision'])"
         return subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, text=True,
                               stdout=subprocess.PIPE).stdout.strip().endswith("-dirty")  # fmt: skip
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from dgutils import jobs, notebooks, plan
+from dgutils.cli import plan
 from dgutils.errors import UserError
-from dgutils.study import FAULTS, VARIANTS, Study
+from dgutils.pipeline import jobs, notebooks
+from dgutils.pipeline.study import FAULTS, VARIANTS, Study
 
 
 def dry(profile, monkeypatch, tmp_path, **changes) -> tuple[Study, dict]:

@@ -17,10 +17,13 @@ import torch
 from matplotlib.figure import Figure
 from nbformat import v4
 
-from dgutils import checkpoints, jobs, plots, results
 from dgutils.errors import UserError
-from dgutils.notebooks import run_profile
-from dgutils.store import Store, digest_of_file, save_array
+from dgutils.networks import checkpoints
+from dgutils.pipeline import jobs
+from dgutils.pipeline.notebooks import run_profile
+from dgutils.pipeline.store import Store, digest_of_file, save_array
+from dgutils.results import plots
+from dgutils.results import records as results
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -158,7 +161,7 @@ LOSE_RIGHTS = f"""
 import os, sys
 from pathlib import Path
 import numpy as np
-from dgutils.store import Store
+from dgutils.pipeline.store import Store
 root, when = Path(sys.argv[1]), sys.argv[2]
 if os.geteuid() == 0:
     os.setgid({NOBODY})
@@ -216,8 +219,9 @@ def test_lost_rights_are_one_line_and_what_is_done_stays(folder_of_nobody):
 WHOLE_RUN = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import pytest, test_jobs as tiny
-from dgutils import jobs, results
-from dgutils.store import Artifact, Store
+from dgutils.pipeline import jobs
+from dgutils.results import records as results
+from dgutils.pipeline.store import Artifact, Store
 tiny.use_tiny_networks(pytest.MonkeyPatch())
 def counted(artifact, make, write=Artifact.write):
     with open(sys.argv[2], "a") as file:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dgutils import unpickle
-from dgutils.checkpoints import read_state_dict
 from dgutils.errors import UserError
+from dgutils.networks import unpickle
+from dgutils.networks.checkpoints import read_state_dict
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -14,8 +14,8 @@ import urllib.request
 import pytest
 import yaml
 
-from dgutils import weights
 from dgutils.errors import UserError
+from dgutils.networks import weights
 
 CONTENT = b"PK" + bytes(range(256)) * 9000  # 2.3 MB: more than two blocks
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pypdf import PdfReader
 
-from .paths import repo_root
+from dgutils.paths import repo_root
 
 LETTER = (612, 792)  # points
 CONTENT_PAGES = 8
@@ -140,7 +140,7 @@ def identity_problems(pdf: Path, study: Path) -> list[str]:
 
 def check(profile: str) -> list[str]:
     """Build the report and its anonymous copy from a profile's results; what is wrong with them, a line each."""
-    from .report import build, build_folder
+    from dgutils.results.report import build, build_folder
 
     report = repo_root() / "report"
     lines = text_problems(report)

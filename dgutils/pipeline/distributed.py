@@ -25,7 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from dgutils.errors import UserError
 
 # Without it, ranks that start again find the addresses of those that died (PyTorch issue 135712).
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -311,9 +311,10 @@ def work(profile: str, overrides: dict | None = None, timeout: float = TIMEOUT) 
     training in parts of its batches if it has any, else, as scores are, as a whole.
     """
     with reporting(), join(timeout) as ranks:
-        from . import datasets, jobs, notebooks
-        from .store import Artifact, ShardedSet
-        from .study import Study
+        from dgutils import datasets
+        from dgutils.pipeline import jobs, notebooks
+        from dgutils.pipeline.store import Artifact, ShardedSet
+        from dgutils.pipeline.study import Study
 
         study = Study.from_parameters(values := notebooks.every_parameter(profile, overrides))
         if not ranks.main:
@@ -392,7 +393,7 @@ def launch(profile: str, nodes: int, gpus_per_node: int, cpus_per_gpu: int = 8, 
     limit: of time, as Slurm writes it. sbatch: more of its options, such as "account=abc", without the dashes.
     Raises UserError for an unknown profile and for what Slurm would not read.
     """
-    from .notebooks import load_profile
+    from dgutils.pipeline.notebooks import load_profile
 
     load_profile(profile)
     for name, value in (("nodes", nodes), ("GPUs per node", gpus_per_node), ("CPUs per GPU", cpus_per_gpu)):

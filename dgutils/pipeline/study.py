@@ -8,10 +8,10 @@ import dataclasses
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from . import datasets
-from .discriminator import RULES
-from .errors import UserError
-from .jobs import (
+from dgutils import datasets
+from dgutils.discriminator import RULES
+from dgutils.errors import UserError
+from dgutils.pipeline.jobs import (
     Guidance,
     ImageSet,
     Joint,
@@ -29,7 +29,7 @@ from .jobs import (
     open_store,
     scaled_members,
 )
-from .store import Store
+from dgutils.pipeline.store import Store
 
 # Notebook 05's own parameters, the arguments of `Study.sweep_arms`.
 SWEEP = ("num_sweep", "sweep_weights", "sweep_time_mins", "sweep_time_maxs", "sweep_epoch_scales")

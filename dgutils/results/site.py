@@ -12,11 +12,11 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
-from .errors import UserError
-from .paths import figures_dir, repo_root, runs_dir
-from .report import spaces
-from .results import SUMMARY, Results, causes, load_results, write_if_changed
-from .trace import revision, stale
+from dgutils.errors import UserError
+from dgutils.paths import figures_dir, repo_root, runs_dir
+from dgutils.results.records import SUMMARY, Results, causes, load_results, write_if_changed
+from dgutils.results.report import spaces
+from dgutils.results.trace import revision, stale
 
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 Georgia, serif; color: #222; }

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .errors import UserError
+from dgutils.errors import UserError
 
 
 def _xavier_uniform(shape, fan_in, fan_out, gain=1.0):

@@ -15,10 +15,10 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from .errors import UserError
-from .paths import repo_root, runs_dir
+from dgutils.errors import UserError
+from dgutils.paths import repo_root, runs_dir
 
-HERE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parents[1]
 GB = 1e9
 PACKAGES_GB = 6  # with the CUDA libraries that torch brings along on Linux
 MEMORY_GB = 4  # of one process, with the published networks
@@ -103,7 +103,7 @@ def check_memory():
 
 def check_tex():
     absent = [program for program in ("pdflatex", "latexmk", "kpsewhich") if not shutil.which(program)]
-    if absent or subprocess.run(["sh", HERE / "setup.sh", "have-tex"], capture_output=True).returncode:
+    if absent or subprocess.run(["sh", PACKAGE / "setup.sh", "have-tex"], capture_output=True).returncode:
         raise Absent(", ".join(absent) or "some LaTeX packages",
                      "only `make report` needs TeX, and installs it if it may; by hand: sudo apt-get install "
                      "texlive-latex-recommended texlive-fonts-recommended latexmk (macOS: MacTeX)")
@@ -113,7 +113,7 @@ def check_tex():
 def check_device():
     import torch
 
-    from .jobs import device, resolve_precision
+    from dgutils.pipeline.jobs import device, resolve_precision
 
     precision = f"precision auto is {resolve_precision('auto')}"
     if device().type == "cuda":
@@ -124,7 +124,7 @@ def check_device():
 
 
 def check_data(dataset):
-    from .datasets import load_dataset
+    from dgutils.datasets import load_dataset
 
     if dataset not in DATA:
         raise Absent(f"unknown dataset {dataset}", f"choose one of {', '.join(DATA)}")
@@ -146,13 +146,13 @@ def check_data(dataset):
 
 def check_shipped(values):
     """The profile's networks of dgutils/assets, against their model cards."""
-    from .checkpoints import model_card, sha256_of
-    from .weights import registry
+    from dgutils.networks.checkpoints import model_card, sha256_of
+    from dgutils.networks.weights import registry
 
     names = [name for name in dict.fromkeys([values["score_network"], values["feature_extractor"]])
              if name not in registry()]
     for name in names:
-        path = HERE / "assets" / f"{name}.safetensors"
+        path = PACKAGE / "assets" / f"{name}.safetensors"
         if not path.with_suffix(".yaml").exists():
             raise Absent(f"unknown network {name}", "choose one of dgutils/assets or of its registry.yaml")
         if not path.exists() or not path.with_suffix(".json").exists():
@@ -165,7 +165,7 @@ def check_shipped(values):
 
 def check_published(profile, values):
     """The files of the registry that a profile names, against the checksums of their first use."""
-    from .weights import is_rehearsal, mentioned, status, weights_dir
+    from dgutils.networks.weights import is_rehearsal, mentioned, status, weights_dir
 
     found = status(mentioned(values))
     altered, absent = ([entry for entry in found if entry.state == state] for state in ("altered", "absent"))
@@ -205,7 +205,7 @@ def run(profile="quick"):
     check("Python", check_python)
     installed, values = check("packages", check_packages), {}
     if installed:
-        from .notebooks import load_profile
+        from dgutils.pipeline.notebooks import load_profile
 
         values = load_profile("quick") | load_profile(profile)  # what a profile leaves out is as in quick
     check("disk", check_disk, values, installed)

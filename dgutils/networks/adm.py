@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .edm import GroupNorm
-from .errors import UserError
+from dgutils.errors import UserError
+from dgutils.networks.edm import GroupNorm
 
 # The two networks of the published CIFAR-10 discriminator: 47,771,112 and 2,883,841 parameters.
 PUBLISHED_EXTRACTOR = dict(

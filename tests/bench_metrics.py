@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import metrics
-from .paths import repo_root
+from dgutils import metrics
+from dgutils.paths import repo_root
 
 PRDC = importlib.util.find_spec("prdc") is not None
 PRDC_ABSENT = "prdc is not installed: `pip install prdc==0.2` in this environment adds the comparison"
@@ -95,7 +95,7 @@ def _measure_here(job: str, n: int, d: int) -> dict:
 
 def _measure(job: str, n: int, d: int, runs: int) -> dict:
     """Medians of several processes of a job (the largest peak)."""
-    command = [sys.executable, "-m", "dgutils.bench_metrics", job, str(n), str(d)]
+    command = [sys.executable, __file__, job, str(n), str(d)]
     found = [json.loads(subprocess.run(command, cwd=repo_root(), check=True, stdout=subprocess.PIPE).stdout)
              for _ in range(runs)]  # fmt: skip
     return {"seconds": statistics.median(f["seconds"] for f in found),

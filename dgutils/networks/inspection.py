@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoints import fitting, read_edm, read_state_dict, read_tensors
-from .errors import UserError
-from .weights import sha256_of
+from dgutils.errors import UserError
+from dgutils.networks.checkpoints import fitting, read_edm, read_state_dict, read_tensors
+from dgutils.networks.weights import sha256_of
 
 
 def inspect(path: Path) -> list[str]:

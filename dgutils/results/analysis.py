@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from scipy import stats
 
-from . import jobs
-from .discriminator import EVALUATION, Ensemble, perturb
-from .guidance import grad_log_density_ratio
-from .jobs import Guidance, Scores, Trained, device
-from .metrics import Interval, Resampled
-from .noise import keyed_rng, sigma_to_vp_time, vp_scale, vp_time_to_sigma
-from .results import Recorder
-from .store import Store
-from .study import Study
+from dgutils.discriminator import EVALUATION, Ensemble, perturb
+from dgutils.guidance import grad_log_density_ratio
+from dgutils.metrics import Interval, Resampled
+from dgutils.noise import keyed_rng, sigma_to_vp_time, vp_scale, vp_time_to_sigma
+from dgutils.pipeline import jobs
+from dgutils.pipeline.jobs import Guidance, Scores, Trained, device
+from dgutils.pipeline.store import Store
+from dgutils.pipeline.study import Study
+from dgutils.results.records import Recorder
 
 SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
 GRADIENTS_VERSION = 1  # raise it when the numbers of `member_gradients` change

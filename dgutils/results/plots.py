@@ -17,8 +17,8 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from .paths import figures_dir
-from .store import disk_errors, write_file
+from dgutils.paths import figures_dir
+from dgutils.pipeline.store import disk_errors, write_file
 
 TEXT_WIDTH = 5.5  # inches, the text column of the report
 

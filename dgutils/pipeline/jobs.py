@@ -18,15 +18,17 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from . import checkpoints, datasets, distributed, metrics
-from .adm import EncoderUNet
-from .discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
-from .errors import UserError
-from .guidance import GuidedDenoiser, check_settings
-from .noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
-from .paths import results_dir, runs_dir
-from .sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
-from .store import KEPT, Artifact, ShardedSet, Store, digest_of_json, log_line
+from dgutils import datasets, metrics
+from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
+from dgutils.errors import UserError
+from dgutils.guidance import GuidedDenoiser, check_settings
+from dgutils.networks import checkpoints
+from dgutils.networks.adm import EncoderUNet
+from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
+from dgutils.paths import results_dir, runs_dir
+from dgutils.pipeline import distributed
+from dgutils.pipeline.store import KEPT, Artifact, ShardedSet, Store, digest_of_json, log_line
+from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import checkpoints, jobs, notebooks, weights
-from .adm import EncoderUNet
-from .discriminator import Ensemble, init_head, train_discriminators
-from .edm import Denoiser
-from .errors import UserError
-from .guidance import grad_log_density_ratio
-from .jobs import ImageSet, RealSet
-from .noise import karras_sigmas, sigma_to_vp_time
-from .sampler import network_denoiser, nfe
-from .store import Artifact, ShardedSet, provenance
-from .study import Study
+from dgutils.discriminator import Ensemble, init_head, train_discriminators
+from dgutils.errors import UserError
+from dgutils.guidance import grad_log_density_ratio
+from dgutils.networks import checkpoints, weights
+from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.edm import Denoiser
+from dgutils.noise import karras_sigmas, sigma_to_vp_time
+from dgutils.pipeline import jobs, notebooks
+from dgutils.pipeline.jobs import ImageSet, RealSet
+from dgutils.pipeline.store import Artifact, ShardedSet, provenance
+from dgutils.pipeline.study import Study
+from dgutils.sampler import network_denoiser, nfe
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
 MISSING = ", nor features whose network is absent"

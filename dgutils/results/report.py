@@ -8,10 +8,11 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import trace
-from .errors import UserError
-from .paths import repo_root
-from .results import (
+from dgutils.errors import UserError
+from dgutils.paths import repo_root
+from dgutils.pipeline.store import write_file
+from dgutils.results import trace
+from dgutils.results.records import (
     Results,
     causes,
     format_interval,
@@ -21,7 +22,6 @@ from .results import (
     load_results,
     write_if_changed,
 )
-from .store import write_file
 
 MODES = {"preprint": "preprint", "final": "final", "submission": ""}  # -> the style file's option
 
@@ -174,7 +174,7 @@ def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | st
 
     Returns why the results are stale, a line each. A key that the text uses and nobody recorded stops LaTeX.
     """
-    from . import plots
+    from dgutils.results import plots
 
     results, out_dir = load_results(profile, root), Path(out_dir or repo_root() / "report" / "generated").absolute()
     stale = trace.stale(results)

@@ -19,10 +19,10 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from .errors import UserError
-from .paths import weights_dir
+from dgutils.errors import UserError
+from dgutils.paths import weights_dir
 
-REGISTRY = Path(__file__).parent / "assets" / "registry.yaml"
+REGISTRY = Path(__file__).resolve().parent.parent / "assets" / "registry.yaml"
 REHEARSAL = "REHEARSAL"
 _MAGIC = {".pkl": (b"\x80",), ".pt": (b"PK", b"\x80"), ".npz": (b"PK",)}  # \x80: a pickle; PK: a zip archive
 

@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dgutils import distributed
 from dgutils.errors import UserError
+from dgutils.pipeline import distributed
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

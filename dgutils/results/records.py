@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from dgutils import trace
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir, results_dir, runs_dir
-from dgutils.store import (
+from dgutils.pipeline.store import (
     KEPT,
     digest_of_file,
     disk_errors,
@@ -30,8 +29,9 @@ from dgutils.store import (
     write_file,
     write_kept,
 )
+from dgutils.results import trace
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "report" / "published.csv"
+PUBLISHED = Path(__file__).resolve().parents[2] / "report" / "published.csv"
 SUMMARY = ("arms", "arms_second", "rules")  # tables of notebooks 04 and 06
 KEY = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 
@@ -285,7 +285,7 @@ def causes(results: Results, slot: str, latex: bool = False) -> dict[str, str]:
     KID worse than unguided. "carries": the fault whose mending, in the company of those below it, lowers KID most,
     with the step. {} for a profile without a ladder.
     """
-    names, records = trace.constants("study")["FAULTS"], results.records
+    names, records = trace.constants("pipeline/study")["FAULTS"], results.records
     faults = str(records["settings.ladder"]["value"]).split(", ") if "settings.ladder" in records else []
     rungs = [*(f"without_{fault}" for fault in faults[:-1]), "correct"]
     steps = {fault: records.get(f"ladder.{rung}.step.{slot}.kid_change")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import UserError
+from dgutils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import weights
-from .adm import EncoderUNet
-from .edm import Denoiser
-from .errors import UserError
-from .unpickle import Global, Saved
+from dgutils.errors import UserError
+from dgutils.networks import weights
+from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.edm import Denoiser
+from dgutils.networks.unpickle import Global, Saved
 
 # What the persistent objects of a real file carry as source is the whole module; the stand-ins only name it.
 _SOURCE = "from training.networks import *\n"

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .paths import figures_dir, repo_root, results_dir, runs_dir
-from .store import KEPT, digest_of_file, read_kept, read_manifest
+from dgutils.errors import UserError
+from dgutils.paths import figures_dir, repo_root, results_dir, runs_dir
+from dgutils.pipeline.store import KEPT, digest_of_file, read_kept, read_manifest
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 # --- the code
@@ -62,9 +62,10 @@ def constants(module: str) -> dict[str, Any]:
 
 def fingerprint(notebook: str) -> dict:
     """The code that a notebook's results follow from: its cells, the rules of its statements, the steps' versions."""
-    versions = constants("jobs")["VERSIONS"] | {"gradients": constants("analysis")["GRADIENTS_VERSION"]}
+    gradients = constants("results/analysis")["GRADIENTS_VERSION"]
+    versions = constants("pipeline/jobs")["VERSIONS"] | {"gradients": gradients}
     return {"notebook": digest_of_code(source for _, source in sections(notebook)),
-            "analysis": digest_of_code([(PACKAGE / "analysis.py").read_text(encoding="utf-8")]),
+            "analysis": digest_of_code([(PACKAGE / "results" / "analysis.py").read_text(encoding="utf-8")]),
             "versions": versions}  # fmt: skip
 
 
@@ -309,7 +310,7 @@ def stale(results) -> list[str]:
         if was["notebook"] != now["notebook"]:
             lines.append(f"{notebook}: the notebook's code has changed since")
         if was["analysis"] != now["analysis"]:
-            lines.append(f"{notebook}: dgutils/analysis.py has changed since")
+            lines.append(f"{notebook}: dgutils/results/analysis.py has changed since")
         lines += [f"{notebook}: the numbers of step '{step}' have changed since, from version "
                   f"{was['versions'].get(step)} to {version}"
                   for step, version in now["versions"].items() if was["versions"].get(step) != version]
@@ -327,8 +328,8 @@ def stale(results) -> list[str]:
 
 def _changed_parameters(results) -> list[str]:
     """Recorded parameters that are not the profile's."""
-    from .notebooks import load_profile  # late: it imports what runs notebooks, which takes seconds
-    from .results import setting_text
+    from dgutils.pipeline.notebooks import load_profile  # late: it imports what runs notebooks, which takes seconds
+    from dgutils.results.records import setting_text
 
     lines = []
     for name, value in load_profile(results.profile).items():

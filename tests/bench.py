@@ -6,6 +6,7 @@ layout, one network evaluation at a time, extractor and head called for each mem
 once more in the backward pass.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -19,22 +20,25 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import bench_metrics
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from . import bench_metrics, checkpoints, datasets, jobs
-from .adm import AttentionBlock, EncoderUNet, Stem
-from .discriminator import Ensemble, MemberConfig, init_head, perturb, train_discriminators
-from .edm import Denoiser, UNetBlock
-from .errors import UserError
-from .guidance import GuidedDenoiser, grad_log_density_ratio
-from .noise import PerSampleNoise, karras_sigmas, keyed_rng, sigma_to_vp_time, vp_scale
-from .paths import repo_root
-from .sampler import edm_sampler, network_denoiser
-from .store import Store, provenance, write_file
+from dgutils import datasets
+from dgutils.discriminator import Ensemble, MemberConfig, init_head, perturb, train_discriminators
+from dgutils.errors import UserError
+from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio
+from dgutils.networks import checkpoints
+from dgutils.networks.adm import AttentionBlock, EncoderUNet, Stem
+from dgutils.networks.edm import Denoiser, UNetBlock
+from dgutils.noise import PerSampleNoise, karras_sigmas, keyed_rng, sigma_to_vp_time, vp_scale
+from dgutils.paths import repo_root
+from dgutils.pipeline import jobs
+from dgutils.pipeline.store import Store, provenance, write_file
+from dgutils.sampler import edm_sampler, network_denoiser
 
 RUNS = 5
 # name -> score network, extractor, head's width, blocks and attention channels, images at once, steps
@@ -276,7 +280,7 @@ def growth(counts, steps: int) -> list:
     """Seconds an image and peak memory of sampling more and more images, each number in a process of its own."""
     rows = []
     for count in counts:
-        command = [sys.executable, "-m", "dgutils.bench", str(count), str(steps)]
+        command = [sys.executable, __file__, "--grow", str(count), str(steps)]
         found = json.loads(subprocess.run(command, cwd=repo_root(), check=True, stdout=subprocess.PIPE).stdout)
         rows.append([f"{count:,}", f"{1000 * found['seconds'] / count:.2f}", f"{found['mib']:.0f}"])
     return rows
@@ -298,7 +302,7 @@ def _grow(count: int, steps: int) -> dict:
 TABLES = {  # part -> title, what it says, heads of the columns
     "speed": ("Guided sampling against the published loop",
               "One discriminator; images a second, and how many times as fast as the published loop (float32, eager, "
-              "one evaluation at a time; written out in dgutils/bench.py).",
+              "one evaluation at a time; written out in tests/bench.py).",
               ["networks", "batch", "published loop", "ours, float32", "ours, default", "ratio, float32",
                "ratio, default"]),
     "agreement": ("The same images",
@@ -389,5 +393,21 @@ def run(quick: bool, out: Path, only=()) -> None:
     print(out)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="measure the claims of speed: ratios, each within one run")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions: does it run?")
+    parser.add_argument("--out", type=Path, default=repo_root() / "docs" / "bench.md", help="the page [docs/bench.md]")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these; other tables stay")
+    parser.add_argument("--grow", nargs=2, type=int, help=argparse.SUPPRESS)  # a process of its own, for `growth`
+    args = parser.parse_args()
+    if args.grow:
+        print(json.dumps(_grow(*args.grow)))
+        return
+    try:
+        run(args.quick, args.out, args.only)
+    except UserError as error:
+        sys.exit(f"bench: {error}")
+
+
 if __name__ == "__main__":
-    print(json.dumps(_grow(int(sys.argv[1]), int(sys.argv[2]))))
+    main()

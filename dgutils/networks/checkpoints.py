@@ -14,15 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import weights
-from .adm import EncoderUNet
-from .edm import Denoiser
-from .errors import UserError
-from .paths import weights_dir
-from .unpickle import Saved, load_weights_only, read_pickle, state_dict
-from .weights import sha256_of
+from dgutils.errors import UserError
+from dgutils.networks import weights
+from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.edm import Denoiser
+from dgutils.networks.unpickle import Saved, load_weights_only, read_pickle, state_dict
+from dgutils.networks.weights import sha256_of
+from dgutils.paths import weights_dir
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 _ARCHITECTURES = {"denoiser": Denoiser, "extractor": EncoderUNet, "discriminator": EncoderUNet}
 # The published SongUNet's own defaults: the value of an option that a file leaves out.

@@ -20,10 +20,10 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError
 from traitlets import default
 
-from . import site
-from .errors import UserError
-from .paths import repo_root, runs_dir
-from .store import FULL_DISK, disk_errors, lock, log_line
+from dgutils.errors import UserError
+from dgutils.paths import repo_root, runs_dir
+from dgutils.pipeline.store import FULL_DISK, disk_errors, lock, log_line
+from dgutils.results import site
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang

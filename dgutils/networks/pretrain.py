@@ -27,9 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import adm, datasets, edm, noise
-from .checkpoints import ASSETS, join_parts, model_card, read_tensors, sha256_of, write_tensors
-from .errors import UserError
+from dgutils import datasets, noise
+from dgutils.errors import UserError
+from dgutils.networks import adm, edm
+from dgutils.networks.checkpoints import ASSETS, join_parts, model_card, read_tensors, sha256_of, write_tensors
 
 ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
 
