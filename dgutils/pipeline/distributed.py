@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dgutils.errors import UserError
+from dgutils.paths import cores, torchrun_ranks
 
 # Without it, ranks that start again find the addresses of those that died (PyTorch issue 135712).
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -190,8 +191,8 @@ def join(timeout: float = TIMEOUT) -> Iterator[Group]:
     timeout: minutes after which a rank that the others wait for counts as lost.
     Raises UserError if there are more ranks on this machine than GPUs.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    world = torchrun_ranks()
+    if world <= 1:
         yield _group
         return
     import torch
@@ -236,7 +237,7 @@ def reporting() -> Iterator[None]:
     with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
     exception"), and a rank that had done its work would count as failed.
     """
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    if not (torchrun_ranks() and os.environ.get("TORCHELASTIC_ERROR_FILE")):
         yield
         return
     file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -282,13 +283,14 @@ def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTAR
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     os.environ.setdefault(*_OWN_STORE.split("="))
     with tempfile.TemporaryDirectory() as logs:
         logging.disable()  # what torchrun would tell in many lines we tell in one
         try:
-            run(parse_args(["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}",
-                            f"--log-dir={logs}", *command]))  # fmt: skip
+            # The ranks are on this machine, which need not be able to resolve its own name.
+            run(parse_args(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}",
+                            f"--max-restarts={max_restarts}", f"--log-dir={logs}", *command]))  # fmt: skip
         except ChildFailedError as error:
             if told := _failures(max(Path(logs).glob("*/attempt_*"), key=lambda path: int(path.name[8:]))):
                 raise UserError(told[0]["message"]) from None
