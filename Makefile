@@ -25,6 +25,7 @@ reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), s
 	@sh dgutils/setup.sh data
 	@$(if $(NPROC),$(PY) -m dgutils work --profile $(or $(PROFILE),quick) --nproc $(NPROC) $(SETS))
 	@$(PY) -m dgutils reproduce --profile $(or $(PROFILE),quick) $(if $(ONLY),--only $(ONLY)) $(SETS)
+	@$(PY) -m report.site --profile $(or $(PROFILE),quick)
 
 keep: .venv/.complete  ## put the scores of PROFILE=cifar10 (default) where git holds them, for another machine to go on
 	@$(PY) -m dgutils keep --profile $(or $(PROFILE),cifar10)
@@ -40,7 +41,7 @@ rehearse: .venv/.complete  ## the paper profile at its full architectures, rando
 	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils stand-ins --profile rehearsal
 	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils reproduce --profile rehearsal $(SETS)
 	@sh dgutils/setup.sh tex
-	@$(PY) -m dgutils report --profile rehearsal
+	@$(PY) -m report.build --profile rehearsal
 
 test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data
@@ -50,14 +51,14 @@ report: .venv/.complete  ## build report/report.pdf; PROFILE=quick (default: com
 	@sh dgutils/setup.sh tex
 	@test -n "$(PROFILE)$(wildcard report/results/*/06.json)" || \
 		{ echo "no results yet: running the quick profile first"; $(MAKE) --no-print-directory reproduce; }
-	@$(PY) -m dgutils report $(if $(PROFILE),--profile $(PROFILE)) $(if $(STRICT),--strict)
+	@$(PY) -m report.build $(if $(PROFILE),--profile $(PROFILE)) $(if $(STRICT),--strict)
 
 check-report: .venv/.complete  ## is the report's form in order: paper, length, fonts, references, anonymity, no typed number?
 	@sh dgutils/setup.sh tex
-	@$(PY) -m dgutils check-report $(if $(PROFILE),--profile $(PROFILE))
+	@$(PY) -m report.check $(if $(PROFILE),--profile $(PROFILE))
 
 html: .venv/.complete  ## executed notebooks and figures as a site to open from disk: runs/quick/site/index.html
-	@$(PY) -m dgutils html $(if $(PROFILE),--profile $(PROFILE))
+	@$(PY) -m report.site $(if $(PROFILE),--profile $(PROFILE))
 
 trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
 	@$(PY) -m dgutils trace $(KEY) $(if $(PROFILE),--profile $(PROFILE))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import repo_root, results_dir
+from dgutils.paths import repo_root
 
 NOTEBOOKS = "notebooks/profiles/PROFILE.yaml"
 
@@ -92,38 +92,11 @@ def _doctor(args):
     return run(args.profile)
 
 
-def _report_profile(profile):
-    """The committed study is the report's; a clone that has not got it yet reports what it ran itself."""
-    complete = [p for p in ("cifar10", "quick") if (results_dir(p) / "06.json").is_file()]
-    return profile or (complete or ["quick"])[0]
-
-
-def _report(args):
-    from dgutils.results.report import build
-
-    path = build(_report_profile(args.profile), args.mode, not args.unmarked, args.strict)
-    print(path.relative_to(repo_root()))
-
-
-def _check_report(args):
-    from dgutils.results.check_report import check
-
-    problems = check(_report_profile(args.profile))
-    print("\n".join(problems) or "the report is in order")
-    return 1 if problems else 0
-
-
-def _html(args):
-    from dgutils.results.site import build
-
-    print(build(_report_profile(args.profile)).relative_to(repo_root()))
-
-
 def _trace(args):
-    from dgutils.results.records import load_results
+    from dgutils.results.records import load_results, profile_to_report
     from dgutils.results.trace import describe
 
-    print(describe(load_results(_report_profile(args.profile)), args.key))
+    print(describe(load_results(profile_to_report(args.profile)), args.key))
 
 
 def _keep(args):
@@ -187,16 +160,9 @@ def _parser() -> argparse.ArgumentParser:
             "rehearsal")  # fmt: skip
     command("doctor", _doctor, "is everything here that a profile needs?", "quick")
 
-    report = command("report", _report, "build report/report.pdf from the results of a profile")
-    report.add_argument("--mode", default="preprint", help="preprint, final or submission [preprint]")
-    report.add_argument("--unmarked", action="store_true", help="without the margin marks")
-    report.add_argument("--strict", action="store_true", help="refuse results older than the code that made them")
     trace = command("trace", _trace, "where a number, figure or table of the report comes from")
     trace.add_argument("key", help="as in \\res{key}; figure:NN_slug; table:name")
-    check = command("check-report", _check_report, "build the report and its anonymous copy; is their form in order?")
-    site = command("html", _html, "the executed notebooks and the report's figures as a static site")
-    for sub in (report, check, site, trace):
-        sub.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
+    trace.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
     for name, what in (("train-score", "score network"), ("train-extractor", "feature extractor")):
         sub = command(name, _train, f"train the {what} of a recipe in dgutils/assets; resumes")
         sub.add_argument("name", help="the recipe: dgutils/assets/NAME.yaml")
