@@ -36,7 +36,7 @@ from dgutils.pipeline import jobs, store  # noqa: E402
 from dgutils.pipeline.store import Store  # noqa: E402
 from dgutils.results import plots  # noqa: E402
 from dgutils.results import records as results  # noqa: E402
-from dgutils.results.report import write_latex  # noqa: E402
+from report.build import write_latex  # noqa: E402
 
 # Manifests name the code's revision, and somebody may commit meanwhile.
 ABOUT = store.provenance() | {"revision": None}
@@ -168,7 +168,7 @@ def snapshot(folder) -> dict[str, str]:
             record = {key: value for key, value in record.items() if key not in ("created", "seconds", "sha256")}
             record.get("provenance", {}).pop("date", None)
             content = json.dumps(record).encode()
-        elif path.suffix in (".ipynb", ".html"):
+        elif path.suffix == ".ipynb":
             content = b"complete" if b"NOTEBOOK COMPLETE: 01_kill" in content else b"not complete"
         elif name.endswith("numbers.tex"):
             content = re.sub(rb"\d{4}-\d\d-\d\d|[\d.,]+ \w+ of computing", b"", content)

@@ -17,8 +17,10 @@ from pypdf import PdfReader
 from dgutils.errors import UserError
 from dgutils.pipeline.notebooks import every_parameter
 from dgutils.pipeline.study import Study
-from dgutils.results import check_report, plots, report
+from dgutils.results import plots
 from dgutils.results.records import Recorder, Results, load_results, published
+from report import build as report
+from report import check as check_report
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "\n".join(path.read_text() for path in [ROOT / "report/main.tex", *sorted(ROOT.glob("report/sections/*.tex"))])

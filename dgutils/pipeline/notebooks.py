@@ -23,7 +23,6 @@ from traitlets import default
 from dgutils.errors import UserError
 from dgutils.paths import repo_root, runs_dir
 from dgutils.pipeline.store import FULL_DISK, disk_errors, lock, log_line
-from dgutils.results import site
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang
@@ -188,10 +187,8 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
     name = source.stem
     done = out_dir / "notebooks" / f"{name}.ipynb"
     temporary, failed = done.with_name(f".{name[:2]}.tmp.ipynb"), done.with_name(f"{name}.failed.ipynb")
-    html = out_dir / "html" / f"{name}.html"
     with disk_errors(out_dir), lock(out_dir / "locks" / f"{name}.lock", True, log_line):
-        for path in (temporary, html):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(source.read_bytes())
         problem = None
         try:
@@ -223,7 +220,6 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
         nbformat.write(executed, temporary)
         os.replace(temporary, done)
         failed.unlink(missing_ok=True)
-        html.write_text(site.notebook_page(done, out_dir.name)[1], encoding="utf-8")
     return done
 
 
