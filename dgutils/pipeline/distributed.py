@@ -237,7 +237,8 @@ def reporting() -> Iterator[None]:
     with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
     exception"), and a rank that had done its work would count as failed.
     """
-    if not (torchrun_ranks() and os.environ.get("TORCHELASTIC_ERROR_FILE")):
+    theirs = ("RANK", *(f"TORCHELASTIC_{name}" for name in ("ERROR_FILE", "RESTART_COUNT", "MAX_RESTARTS")))
+    if not all(map(os.environ.get, theirs)):
         yield
         return
     file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
