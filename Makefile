@@ -89,5 +89,5 @@ lint: .venv/.complete  ## ruff
 	@$(PY) -m ruff check .
 
 clean:  ## remove .venv and caches; keeps runs/, results and figures
-	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf .venv .account .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find dgutils tests -name __pycache__ -type d -exec rm -rf {} +

@@ -164,10 +164,10 @@ def environment() -> dict[str, str]:
     These are the configuration of matplotlib, IPython, nbconvert's templates and TeX. Texts are UTF-8
     whatever the locale.
     """
-    ours = repo_root() / "runs" / ".account"
+    ours = repo_root() / ".account"  # directly below a folder that exists: else IPython takes a temporary one
     return {
         **inherited(),
-        "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours / "ipython"),
+        "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours),
         "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1",
         **{name: str(ours / "texmf") for name in ("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG")},
     }  # fmt: skip

@@ -174,7 +174,8 @@ def test_python_and_locale(account, more):
     ({"i/profile_default/startup/00.py": "injected = 1"}, {"IPYTHONDIR": "{home}/i"})])  # fmt: skip
 def test_ipython(account, files, more):
     code = "import sys, IPython; sys.argv = ['', '-c', 'print(\"injected\" in globals())']; IPython.start_ipython()"
-    assert settled(code, **variables(account(files), **more)) == "False\n"
+    result = run(sys.executable, "-m", "dgutils.paths", "-c", code, **variables(account(files), **more))
+    assert (result.stdout, result.stderr) == ("False\n", "")
 
 
 @pytest.mark.parametrize("more", [{}, {"JUPYTER_PATH": "{home}/.local/share/jupyter"},
