@@ -155,14 +155,15 @@ class ImageSet:
     """The first n images of a set: `images` uint8 [n, H, W, C], `digest`, and a label for people.
 
     Named before it is drawn: what is missing is drawn when somebody asks for it. draw: makes a shard's images;
-    guides: the discriminators it takes.
+    sampling, guide: how.
     """
 
     label: str
     n: int
     rows: ShardedSet
     draw: Callable[[range], dict[str, np.ndarray]] | None = field(default=None, repr=False, compare=False)
-    guides: tuple = field(default=(), repr=False, compare=False)
+    sampling: Sampling | None = field(default=None, repr=False, compare=False)
+    guide: Guidance | None = field(default=None, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
@@ -171,8 +172,8 @@ class ImageSet:
     def ensure(self) -> "ImageSet":
         """Have the images, and before them what guides them; the ranks of a group call it together."""
         if self.rows.artifact.store.dry or distributed.group().agree(bool(self.rows.missing(self.n))):
-            for guide in self.guides:
-                guide.ensure()
+            if self.guide:
+                self.guide.discriminators.ensure()
         self.rows.ensure(self.n, self.draw)
         return self
 
@@ -253,7 +254,7 @@ def image_set(store: Store, sampling: Sampling, n: int, first_seed: int = 0, gui
 
     rows = artifact.shards(sampling.shard_size, first_seed)
     rows.parts(n)  # refuses n < 1
-    return ImageSet(label, n, rows, compute_shard, (guidance.discriminators,) if guidance else ())
+    return ImageSet(label, n, rows, compute_shard, sampling, guidance)
 
 
 def generate(*args, **kwargs) -> ImageSet:
