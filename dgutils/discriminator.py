@@ -20,7 +20,7 @@ from torch import nn
 from dgutils.errors import UserError
 from dgutils.networks.adm import EncoderUNet
 from dgutils.noise import keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma, vp_to_cosine_time
-from dgutils.pipeline import distributed
+from dgutils.pipeline import ranks as distributed
 from dgutils.sampler import autocast
 
 # Third word of the random key: which use a stream serves (0 is the sampler's, see noise.PerSampleNoise).

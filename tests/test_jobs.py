@@ -218,7 +218,7 @@ def test_scores_in_the_store_come_before_those_that_are_kept(kept, capsys):
     store_module.write_kept(kept[0], content["scores"], content["lineage"])
     store, real = jobs.open_store("smoke"), jobs.RealSet("fashion_mnist", "test", 60)
     assert jobs.evaluate(store, guided_arm(store), real, "tiny", 20).fd.value == 0
-    jobs.evaluation(store, guided_arm(store), real, "tiny", 20).compute(
+    jobs.evaluation(store, guided_arm(store), real, "tiny", 20).ensure(
         lambda folder: (folder / "scores.json").write_text(json.dumps(content["scores"].popitem()[1] | {
             "fd": {"value": 7.0, "draws": [7.0]}})) and None)
     assert jobs.evaluate(store, guided_arm(store), real, "tiny", 20).fd.value == 7

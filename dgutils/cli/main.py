@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import repo_root, results_dir
+from dgutils.paths import repo_root, results_dir, runs_dir
 
 NOTEBOOKS = "notebooks/profiles/PROFILE.yaml"
 
@@ -19,33 +19,33 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _reproduce(args):
-    from dgutils.pipeline.notebooks import parse_override, run_profile
+    from dgutils.pipeline.notebooks import run_profile
+    from dgutils.pipeline.parameters import parse_overrides
+    from dgutils.results import site
     from dgutils.results.records import print_summary
 
-    run_profile(args.profile, args.only, dict(parse_override(text) for text in args.set), args.cell_timeout)
+    def render(executed):
+        page = runs_dir(args.profile) / "html" / f"{executed.stem}.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(site.notebook_page(executed, args.profile)[1], encoding="utf-8")
+
+    run_profile(args.profile, args.only, parse_overrides(args.set), args.cell_timeout, render)
     if args.only is None:
         print_summary(args.profile)
 
 
 def _work(args):
-    from dgutils.pipeline.distributed import run_ranks, work
-    from dgutils.pipeline.notebooks import every_parameter, parse_override
+    from dgutils.pipeline import launching, parameters
+    from dgutils.pipeline.work import work
 
-    overrides = dict(parse_override(text) for text in args.set)
+    overrides = parameters.parse_overrides(args.set)
     if args.nproc is None:
-        work(args.profile, overrides, args.timeout)
+        work(args.profile, overrides, args.timeout, args.minutes)
         return
-    every_parameter(args.profile, overrides)  # what is wrong with them is said before any rank starts
+    parameters.load(args.profile, overrides)  # what is wrong with them is said before any rank starts
     again = ["-m", "dgutils", "work", "--profile", args.profile, "--timeout", str(args.timeout)]
-    run_ranks(args.nproc, again + ["--set", *args.set] * bool(args.set))
-
-
-def _launch(args):
-    from dgutils.pipeline.distributed import launch
-
-    script = launch(args.profile, args.nodes, args.gpus, args.cpus, args.time, args.sbatch)
-    Path(args.out).write_text(script)
-    print(f"wrote {args.out}; start it with: sbatch {args.out}")
+    again += ["--minutes", str(args.minutes)] if args.minutes is not None else []
+    launching.run_ranks(args.nproc, again + ["--set", *args.set] * bool(args.set))
 
 
 def _plan(args):
@@ -57,9 +57,9 @@ def _plan(args):
 def _fetch(args):
     from dgutils import datasets
     from dgutils.networks import weights
-    from dgutils.pipeline.notebooks import every_parameter
+    from dgutils.pipeline.parameters import load
 
-    parameters = every_parameter(args.profile)
+    parameters = load(args.profile).model_dump()
     names = args.name or weights.mentioned(parameters)
     weights.fetch(names)
     if not args.name:
@@ -79,10 +79,10 @@ def _inspect(args):
 def _stand_ins(args):
     from dgutils.networks import weights
     from dgutils.networks.standins import write_stand_ins
-    from dgutils.pipeline.notebooks import every_parameter
+    from dgutils.pipeline.parameters import load
 
     folder = weights.weights_dir()
-    write_stand_ins(folder, weights.mentioned(every_parameter(args.profile)))
+    write_stand_ins(folder, weights.mentioned(load(args.profile).model_dump()))
     print(f"{folder}: random stand-ins for the published weights")
 
 
@@ -169,14 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("work", _work, "compute what a profile's notebooks will ask for, as one rank or as several", "quick")
     sub.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine [be one of torchrun's]")
     sub.add_argument("--timeout", type=float, default=360, metavar="MIN", help="minutes ranks wait for each other")
+    sub.add_argument("--minutes", type=float, metavar="M", help="end after so long, between shards, epochs or scores")
     sub.add_argument("--set", **overrides)
-    sub = command("launch", _launch, "write a Slurm script that runs a profile on many nodes", "paper")
-    sub.add_argument("--nodes", type=int, default=1)
-    sub.add_argument("--gpus", type=int, default=8, help="GPUs a node [8]")
-    sub.add_argument("--cpus", type=int, default=8, help="CPU cores a GPU [8]")
-    sub.add_argument("--time", default="24:00:00", help="limit, as Slurm writes it [24:00:00]")
-    sub.add_argument("--sbatch", nargs="+", default=[], metavar="NAME=VALUE", help="more options of sbatch")
-    sub.add_argument("--out", default="dgutils.sbatch", help="the script's file [dgutils.sbatch]")
     command("keep", _keep, "put a profile's scores where git holds them, for other machines to go on from", "cifar10")
     command("plan", _plan, "what a profile would compute, download and take; runs nothing", "quick")
     sub = command("fetch", _fetch, "download the published weights that a profile needs", "paper")

@@ -12,7 +12,7 @@ from typing import Any
 from dgutils import datasets
 from dgutils.pipeline import jobs, parameters
 from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Scores, Trained, Training
-from dgutils.pipeline.store import Store
+from dgutils.pipeline.store import Artifact, Store
 
 # The faults of the study's ensemble (`faulty_ensemble`), in words.
 FAULTS = {
@@ -27,13 +27,30 @@ FAULTS = {
 WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
     """An image set that is to be scored against real images in a feature space."""
 
+    experiment: "Experiment"
     images: ImageSet | RealSet
     space: str
     reference: RealSet
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        """Where the scores are stored."""
+        return jobs.evaluation(self.experiment.store, self.images, self.reference, self.space,
+                               self.experiment.parameters.num_resamples)  # fmt: skip
+
+    @property
+    def lacks(self) -> bool:
+        """Whether the scores are still to be computed: neither stored nor kept by the repository."""
+        return self.artifact.digest not in self.artifact.store.kept and not self.artifact.status().hit
+
+    def ensure(self) -> Scores:
+        """The scores, computed if they have to be."""
+        return jobs.evaluate(self.experiment.store, self.images, self.reference, self.space,
+                             self.experiment.parameters.num_resamples)  # fmt: skip
 
 
 class Experiment:
@@ -131,15 +148,14 @@ class Experiment:
         """
         spaces = self.parameters.feature_spaces if spaces is None else spaces
         for one in (one for arm in arms.values() for one in (arm if isinstance(arm, list) else [arm])):
-            self.scored += [Score(one, space, reference or self.reference) for space in spaces
+            self.scored += [Score(self, one, space, reference or self.reference) for space in spaces
                             if not isinstance(one, Trained)]  # fmt: skip
             self.made += [one] if isinstance(one, Trained) or not spaces else []
 
     def scores(self, arm: ImageSet | RealSet, space: str | None = None, reference: RealSet | None = None) -> Scores:
         """Scores of an arm in a feature space (default: the first) against a reference (default: `reference`)."""
-        p = self.parameters
-        return jobs.evaluate(self.store, arm, reference or self.reference, space or p.feature_spaces[0],
-                             p.num_resamples)  # fmt: skip
+        space = space or self.parameters.feature_spaces[0]
+        return Score(self, arm, space, reference or self.reference).ensure()
 
 
 # --- what several notebooks share
@@ -186,3 +202,17 @@ def faulty_ensemble(experiment: Experiment, faults: Iterable[str], label: str, n
     guide = experiment.guide(trained, members, rule, state="last" if "last_epoch" in faults else "best",
                              boosting=as_run.boosting if "boosting" in faults else p.boosting)  # fmt: skip
     return experiment.images(label, guide, n, num_steps=as_run.num_steps if "steps" in faults else p.num_steps)
+
+
+def key_arms(experiment: Experiment) -> dict[str, list[ImageSet]]:
+    """The arms that stand over several trainings, num_key images each: one discriminator, correct ensemble, as run."""
+    p = experiment.parameters
+    arms: dict[str, list[ImageSet]] = {"paper": [], "correct": [], "as_run": []}
+    for repeat in range(p.repeats):
+        label = f"training {repeat + 1}"
+        trained = six_discriminators(experiment, f"six discriminators, {label}", seed=p.training_seed + repeat)
+        guide = experiment.guide(trained, state="best")
+        arms["paper"].append(experiment.images(f"Paper, {label}", guide, p.num_key))
+        for name, faults in (("correct", []), ("as_run", p.ladder)):
+            arms[name].append(faulty_ensemble(experiment, faults, f"{name}, {label}", p.num_key, repeat))
+    return arms

@@ -17,9 +17,10 @@ from dgutils.guidance import grad_log_density_ratio
 from dgutils.metrics import Interval, Resampled
 from dgutils.noise import keyed_rng, sigma_to_vp_time, vp_scale, vp_time_to_sigma
 from dgutils.pipeline import jobs
+from dgutils.pipeline.experiment import Experiment
 from dgutils.pipeline.jobs import Guidance, Scores, Trained, device
+from dgutils.pipeline.parameters import Parameters
 from dgutils.pipeline.store import Store
-from dgutils.pipeline.study import Study
 from dgutils.results.records import Recorder
 
 SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
@@ -238,18 +239,18 @@ class MemberGradients:
         return fault_gain(self.logits.mean(axis=0))
 
 
-def guided_sigmas(study: Study, levels: int) -> np.ndarray:
+def guided_sigmas(parameters: Parameters, levels: int) -> np.ndarray:
     """Noise levels [levels], evenly spaced in log sigma over the part of the sampler's range that is guided."""
-    window = vp_time_to_sigma(torch.tensor([study.time_min, study.time_max], dtype=torch.float64)).tolist()
-    return np.geomspace(max(window[0], study.sigma_min), min(window[1], study.sigma_max), levels)
+    window = vp_time_to_sigma(torch.tensor([parameters.time_min, parameters.time_max], dtype=torch.float64)).tolist()
+    return np.geomspace(max(window[0], parameters.sigma_min), min(window[1], parameters.sigma_max), levels)
 
 
-def guidance_norms(study: Study, guidance: Guidance, seeds) -> np.ndarray:
+def guidance_norms(experiment: Experiment, guidance: Guidance, seeds) -> np.ndarray:
     """Norm of what guidance adds to the denoised image at each Euler predictor, [steps, N], zero outside the window.
 
     Follows the guided trajectories of these seeds in one batch; nothing is stored. Pixels span -1 to 1.
     """
-    denoise, norms = jobs.make_denoiser(study.sampling, guidance), []
+    denoise, norms = jobs.make_denoiser(experiment.sampling(), guidance), []
 
     def watched(x, sigma, step, order):
         denoised = denoise(x, sigma, step, order)
@@ -257,7 +258,7 @@ def guidance_norms(study: Study, guidance: Guidance, seeds) -> np.ndarray:
             norms.append(denoise.last_guidance.flatten(1).norm(dim=1).cpu().numpy())
         return denoised
 
-    jobs.draw(study.sampling, watched, seeds, denoise.churn)
+    jobs.draw(experiment.sampling(), watched, seeds, denoise.churn)
     return np.stack(norms)
 
 
@@ -299,6 +300,6 @@ def member_gradients(store: Store, trained: Trained, sigmas, num_images: int) ->
         np.save(folder / "logits.npy", found.logits)
         np.save(folder / "gram.npy", found.gram)
 
-    path = artifact.compute(make).path
+    path = artifact.ensure(make).path
     logits, gram = (np.load(path / f"{name}.npy", allow_pickle=False) for name in ("logits", "gram"))
     return MemberGradients(np.asarray(sigmas, np.float64), logits, gram)

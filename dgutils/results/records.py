@@ -80,9 +80,9 @@ class Recorder:
             "value": value, "label": label, "cell": cell, "unit": unit, "interval": interval, "level": level,
             "n": n, "seeds": seeds, "artifacts": artifacts or [], "digits": digits}
 
-    def settings(self, study: Any) -> None:
-        """Record the parameters of a run (the dataclass study.Study) under settings.<name>, lists as their items."""
-        for name, value in vars(study).items():
+    def settings(self, parameters: Any) -> None:
+        """Record the parameters of a run under settings.<name>, lists as their items."""
+        for name, value in parameters:
             if isinstance(value, int | float | str | list):
                 self.record(f"settings.{name}", value if type(value) is int else setting_text(value),
                             label=f"parameter {name}", cell="parameters")
@@ -285,7 +285,7 @@ def causes(results: Results, slot: str, latex: bool = False) -> dict[str, str]:
     KID worse than unguided. "carries": the fault whose mending, in the company of those below it, lowers KID most,
     with the step. {} for a profile without a ladder.
     """
-    names, records = trace.constants("pipeline/study")["FAULTS"], results.records
+    names, records = trace.constants("pipeline/experiment")["FAULTS"], results.records
     faults = str(records["settings.ladder"]["value"]).split(", ") if "settings.ladder" in records else []
     rungs = [*(f"without_{fault}" for fault in faults[:-1]), "correct"]
     steps = {fault: records.get(f"ladder.{rung}.step.{slot}.kid_change")

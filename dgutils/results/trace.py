@@ -328,11 +328,11 @@ def stale(results) -> list[str]:
 
 def _changed_parameters(results) -> list[str]:
     """Recorded parameters that are not the profile's."""
-    from dgutils.pipeline.notebooks import load_profile  # late: it imports what runs notebooks, which takes seconds
+    from dgutils.pipeline.parameters import load  # late: it imports torch, which takes seconds
     from dgutils.results.records import setting_text
 
     lines = []
-    for name, value in load_profile(results.profile).items():
+    for name, value in load(results.profile):
         record = results.records.get(f"settings.{name}")
         if record and str(record["value"]) != setting_text(value):
             lines.append(f"{record['notebook']}: {name} was {record['value']}, and is {setting_text(value)} in profile "
