@@ -178,8 +178,8 @@ def _heads(extractor_name: str, width: int, blocks: int, channels: int, count: i
 
 def _guided(score, extractor, heads, precision):
     ensemble = Ensemble(extractor, heads, "mean_probability").to(jobs.device())
-    return GuidedDenoiser(network_denoiser(score, precision), ensemble, WEIGHT, 0.0, TIME_MIN, TIME_MAX, "none",
-                          precision, "clipped")  # fmt: skip
+    return GuidedDenoiser(network_denoiser(score, precision), ensemble, WEIGHT, 0.0, TIME_MIN, TIME_MAX, precision,
+                          "clipped")  # fmt: skip
 
 
 def sampling(names, runs: int, batch: int | None) -> dict[str, list]:

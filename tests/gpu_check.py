@@ -54,7 +54,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from dgutils import datasets  # noqa: E402
 from dgutils.discriminator import TABLE_1, Ensemble  # noqa: E402
-from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio  # noqa: E402
+from dgutils.guidance import BOOSTING, GuidedDenoiser, grad_log_density_ratio  # noqa: E402
 from dgutils.networks import checkpoints  # noqa: E402
 from dgutils.networks.adm import EncoderUNet, init_head  # noqa: E402
 from dgutils.networks.edm import Denoiser, GroupNorm  # noqa: E402
@@ -300,7 +300,8 @@ def parity_sampling(size, found) -> dict:
             one_hot = None if labels is None else torch.eye(network.label_dim, dtype=dtype, device=device)[labels]
             denoise = GuidedDenoiser(network_denoiser(network, "float32", one_hot),
                                      sampling.Discriminator(case["gain"]), case["first"], case["second"],
-                                     class_labels=labels, boosting=case["boosting"], log_ratio="clipped")  # fmt: skip
+                                     class_labels=labels, log_ratio="clipped")  # fmt: skip
+            denoise = BOOSTING[case["boosting"]](denoise)
             noise = PerSampleNoise(parity.SEEDS, (3, 16, 16), device)
             images = edm_sampler(denoise, noise, karras_sigmas(18, **schedule), churn=denoise.churn, **options)
             return _relative(images, sampling.REFERENCE[name])

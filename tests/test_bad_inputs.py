@@ -129,7 +129,7 @@ CASES = {
     "window NaN": (lambda s: guided(time_min=NAN), "needs 0 <= time_min"),
     "negative weight": (lambda s: guided(weight_1st_order=-1.0), "must be finite, not negative"),
     "weight NaN": (lambda s: guided(weight_2nd_order=NAN), "weights 2.0, nan"),
-    "unknown boosting": (lambda s: guided(boosting="yes"), "unknown boosting 'yes'; choose one of none, released, paper"),
+    "unknown boosting": (lambda s: guidance.check_settings(2.0, 0.0, 0.01, 1.0, "yes"), "unknown boosting 'yes'; choose one of none, released, paper"),
     "unknown log ratio": (lambda s: guided(log_ratio="log"), "unknown log_ratio 'log'; choose one of logit, clipped"),
     # training of discriminators
     "no images to train on": (lambda s: train(IMAGES[:0], LABELS[:0]), "0 images|no images"),

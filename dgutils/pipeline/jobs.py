@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dgutils import datasets, metrics
 from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits
 from dgutils.errors import UserError
-from dgutils.guidance import GuidedDenoiser, check_settings
+from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import EncoderUNet, init_head
 from dgutils.networks.features import image_features, metric_name
@@ -210,9 +210,10 @@ def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()
     if guidance is None:
         return denoise
     ensemble = guidance.discriminators.ensemble(guidance.members, guidance.rule, guidance.state).to(device())
-    return GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order, guidance.time_min,
-                          guidance.time_max, guidance.boosting, precision, guidance.log_ratio,
-                          labels if ensemble.conditional else None)  # fmt: skip
+    guided = GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order, guidance.time_min,
+                            guidance.time_max, precision, guidance.log_ratio,
+                            labels if ensemble.conditional else None)  # fmt: skip
+    return BOOSTING[guidance.boosting](guided)
 
 
 def draw(sampling: Sampling, denoise, seeds, churn=None) -> torch.Tensor:
