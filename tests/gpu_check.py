@@ -53,14 +53,15 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from dgutils import datasets  # noqa: E402
-from dgutils.discriminator import TABLE_1, Ensemble, train_discriminators  # noqa: E402
-from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio  # noqa: E402
+from dgutils.discriminator import TABLE_1, Ensemble  # noqa: E402
+from dgutils.guidance import BOOSTING, GuidedDenoiser, grad_log_density_ratio  # noqa: E402
 from dgutils.networks import checkpoints  # noqa: E402
-from dgutils.networks.adm import EncoderUNet  # noqa: E402
+from dgutils.networks.adm import EncoderUNet, init_head  # noqa: E402
 from dgutils.networks.edm import Denoiser, GroupNorm  # noqa: E402
 from dgutils.noise import PerSampleNoise, karras_sigmas  # noqa: E402
 from dgutils.pipeline import jobs  # noqa: E402
 from dgutils.sampler import edm_sampler, network_denoiser  # noqa: E402
+from dgutils.training import Split, TrainingSettings, train_discriminators  # noqa: E402
 
 parity = networks.parity
 PUBLISHED, SHIPPED = "CIFAR-10, published", "CIFAR-10, small"
@@ -299,7 +300,8 @@ def parity_sampling(size, found) -> dict:
             one_hot = None if labels is None else torch.eye(network.label_dim, dtype=dtype, device=device)[labels]
             denoise = GuidedDenoiser(network_denoiser(network, "float32", one_hot),
                                      sampling.Discriminator(case["gain"]), case["first"], case["second"],
-                                     class_labels=labels, boosting=case["boosting"], log_ratio="clipped")  # fmt: skip
+                                     class_labels=labels, log_ratio="clipped")  # fmt: skip
+            denoise = BOOSTING[case["boosting"]](denoise)
             noise = PerSampleNoise(parity.SEEDS, (3, 16, 16), device)
             images = edm_sampler(denoise, noise, karras_sigmas(18, **schedule), churn=denoise.churn, **options)
             return _relative(images, sampling.REFERENCE[name])
@@ -433,11 +435,12 @@ def training(size, found) -> dict:
     channels, height, width = ours.score.shape
     pixels = np.random.default_rng(0).integers(0, 256, (many, height, width, channels), np.uint8)
     labels, config = np.arange(many) % 2, jobs.head_config(ours.extractor_name, *ours.head)
-    members = [replace(member, epochs=1) for member in TABLE_1]
+    members = tuple(replace(member, epochs=1) for member in TABLE_1)
 
     def train(count):
-        train_discriminators(ours.extractor, config, pixels, labels, pixels[:2], labels[:2], members[:count],
-                             min(128, many), 0, "bfloat16")  # fmt: skip
+        settings = TrainingSettings(members[:count], min(128, many), precision="bfloat16")
+        train_discriminators(ours.extractor, functools.partial(init_head, config, 0), Split(pixels, labels),
+                             Split(pixels[:2], labels[:2]), settings)  # fmt: skip
 
     took = bench.seconds({"one": lambda: train(1), "six": lambda: train(6)}, size["runs"], "training")
     return {"images": many, **_rates(took, many), "six_against_one": took["six"] / took["one"], "peak_gib": _peak()}

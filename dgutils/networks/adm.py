@@ -15,6 +15,7 @@ from torch import nn
 
 from dgutils.errors import UserError
 from dgutils.networks.edm import GroupNorm
+from dgutils.noise import INITIALISATION, keyed_rng
 
 # The two networks of the published CIFAR-10 discriminator: 47,771,112 and 2,883,841 parameters.
 PUBLISHED_EXTRACTOR = dict(
@@ -232,3 +233,10 @@ class EncoderUNet(nn.Module):
     def forward(self, x, vp_time, class_labels=None):
         """Outputs [N, out_channels]: extractor: class logits, head: log-density-ratio. See `features`."""
         return self.out(self.features(x, vp_time, class_labels))
+
+
+def init_head(config: dict, seed: int, member: int) -> EncoderUNet:
+    """A discriminator's fresh head: weights of (seed, member) alone; torch's global generator is left as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(keyed_rng(seed, member, 0, INITIALISATION).integers(2**63)))
+        return EncoderUNet(**config)

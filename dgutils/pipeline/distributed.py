@@ -7,7 +7,6 @@ order; what they make does not depend on how many they are, nor on who of them m
 A rank that dies takes its group along: torchrun starts all of them again, and what the store holds is found.
 """
 
-import functools
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,32 +83,6 @@ class Group:
             self._talk(torch.distributed.all_reduce, flat)
             for tensor, total in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(total.view_as(tensor))
-
-    def sum_gradients(self, parameters: Iterable, parts: int, backward: Callable[[int], None]) -> None:
-        """Leave in each parameter the gradient that backward(0) ... backward(parts - 1) add up to, dealt to the ranks.
-
-        Each part is one rank's, and they are added in their order, so that the same bits come out however many ranks
-        there are. The optimiser's step after it is every rank's own.
-        """
-        import torch
-
-        parameters = list(parameters)
-        sizes = [parameter.numel() for parameter in parameters]
-        if parts == self.world == 1:
-            for parameter in parameters:
-                parameter.grad = None
-            backward(0)
-            return
-        table = parameters[0].new_zeros(parts, sum(sizes))
-        for part in range(parts)[self.slice(parts)]:
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            backward(part)
-            torch.cat([parameter.grad.reshape(-1) for parameter in parameters], out=table[part])
-        self.sum(table)  # zeros of all ranks but one: nothing is rounded here
-        total = functools.reduce(torch.add, table)
-        for parameter, gradient in zip(parameters, total.split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
 
     def agree(self, value: bool = False) -> bool:
         """What rank 0 said; the others wait for it."""
