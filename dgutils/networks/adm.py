@@ -75,16 +75,13 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):  # [N,C,h,w], [N,E]
-        norm, activation, conv = self.in_layers
-        h = activation(norm(x))
+        norm, _, conv = self.in_layers
+        h = norm(x, silu=True)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         h = conv(h)
-        scale, shift = self.emb_layers(embedding)[:, :, None, None].chunk(2, dim=1)  # [N,C',1,1] each
-        norm, *rest = self.out_layers
-        h = torch.addcmul(shift, norm(h), 1 + scale)
-        for layer in rest:
-            h = layer(h)
+        norm, *_, conv = self.out_layers
+        h = conv(norm(h, silu=True, adapt=self.emb_layers(embedding).chunk(2, dim=1)))
         return self.skip_connection(x) + h  # [N,C',h',w']
 
 
