@@ -470,16 +470,19 @@ def log_ratios(by_level: dict):
 
 
 def planes(maps: dict, grid, label: str):
-    """Log-ratios of the 2-D world on one scale, title -> [G, G] on grid^2; nan is left white, the line is zero."""
+    """Log-ratios of the 2-D world on one scale, title -> [G, G] on grid^2; nan is left white, the line is zero.
+
+    The twentieth of the values that lies farthest from zero may exceed the scale.
+    """
     fig, axes = panels(1, len(maps), TEXT_WIDTH / len(maps) + 0.25, sharex=True, sharey=True)
-    top = max(np.nanmax(np.abs(values)) for values in maps.values())
+    top = max(np.nanquantile(np.abs(values), 0.95) for values in maps.values())
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         shown = ax.pcolormesh(grid, grid, values, cmap="PuOr", vmin=-top, vmax=top, rasterized=True)
         ax.contour(grid, grid, values, levels=[0], colors="0.1", linewidths=0.7)
         ax.set(title=title, aspect="equal", xlabel="$x_1$")
         ax.tick_params(labelsize=7)
     axes[0].set_ylabel("$x_2$")
-    fig.colorbar(shown, ax=axes, label=label, fraction=0.02)
+    fig.colorbar(shown, ax=axes, label=label, fraction=0.02, extend="both")
     return fig
 
 
