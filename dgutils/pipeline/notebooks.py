@@ -217,6 +217,10 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
         for cell in executed.cells:
             if cell.cell_type == "markdown":
                 cell.source = COMMITTED.sub("", cell.source)
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):  # sliders need a kernel; their picture does not
+                    output.data.pop("application/vnd.jupyter.widget-view+json", None)
+        executed.metadata.pop("widgets", None)
         nbformat.write(executed, temporary)
         os.replace(temporary, done)
         failed.unlink(missing_ok=True)
