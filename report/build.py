@@ -214,8 +214,8 @@ def build(profile: str, mode: str = "preprint", marks: bool = True, strict: bool
     report = repo_root() / "report"
     pretex = rf"\def\dgmode{{{MODES[mode]}}}" + ("" if marks else r"\def\dgoptions{nomarks}")
     out = build_folder(mode, marks)
-    command = ["latexmk", "-norc", "-pdf", f"-outdir={out}", "-jobname=report", "-interaction=nonstopmode", "-halt-on-error",
-               "-Werror", f"-usepretex={pretex}", "main.tex"]  # fmt: skip
+    command = ["latexmk", "-norc", "-pdf", f"-outdir={out}", "-jobname=report", "-interaction=nonstopmode",
+               "-halt-on-error", "-Werror", f"-usepretex={pretex}", "main.tex"]  # fmt: skip
     try:
         done = subprocess.run(command, cwd=report, capture_output=True, text=True, errors="replace",
                               env=os.environ | {"max_print_line": "500"})  # fmt: skip

@@ -128,7 +128,8 @@ def check_shipped(values):
     from dgutils.networks import checkpoints, weights
 
     loaders = {"score_network": checkpoints.load_denoiser, "feature_extractor": checkpoints.load_feature_extractor}
-    found = [values[key] for key, load in loaders.items() if values[key] not in weights.registry() and load(values[key])]
+    shipped = {values[key]: load for key, load in loaders.items() if values[key] not in weights.registry()}
+    found = [name for name, load in shipped.items() if load(name)]
     return f"{', '.join(found)}: here, checksums right" if found else "the profile uses none"
 
 

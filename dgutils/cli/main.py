@@ -35,7 +35,7 @@ def _minutes(context, parameter, value):
 
 
 def _name(context, parameter, profile):
-    return profile if profile is None else runs_dir(profile).name  # refuses what is no name, before anything else happens
+    return profile if profile is None else runs_dir(profile).name  # refuses what is no name, before all else
 
 
 def _profile(default, text="notebooks/profiles/PROFILE.yaml"):
