@@ -7,8 +7,18 @@ STRICT  ?=
 KEY     ?=
 ARGS    ?=
 
+# What somebody passes reaches the shell as it was written, quoted: KEY="it's" is a key, and nothing in it is run.
+q = '$(subst ','\'',$(1))'
+each = $(foreach word,$(2),$(1) $(call q,$(value word)))
+profile = --profile $(call q,$(or $(value PROFILE),$(1)))
+profile_if_given = $(if $(value PROFILE),$(call profile))
+SETS = $(call each,--set,$(value SET))
+unexport PROFILE ONLY SET NPROC STRICT KEY ARGS
+# What the account sets for its own Pythons and tests; dgutils/paths.py keeps the rest of it out.
+unexport $(filter-out PYTHON,$(filter PYTHON% PYTEST_%,$(.VARIABLES)))
+
 PY := .venv/bin/python
-SETS = $(if $(SET),--set $(foreach pair,$(SET),'$(pair)'))
+RUN := $(PY) -m dgutils.paths
 .DEFAULT_GOAL := help
 .PHONY: help reproduce keep plan fetch rehearse test report check-report html trace lab bench doctor lint clean
 .DELETE_ON_ERROR:
@@ -18,61 +28,62 @@ help:  ## this list
 
 # Remade only when the pins change: everything else in .venv follows from them.
 .venv/.complete: requirements.txt
-	@PYTHON='$(PYTHON)' sh dgutils/setup.sh venv
+	@PYTHON=$(call q,$(value PYTHON)) sh dgutils/setup.sh venv
 	@touch $@
 
 reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, ...; ONLY=03; SET="name=value ..."; NPROC=8
 	@sh dgutils/setup.sh data
-	@$(if $(NPROC),$(PY) -m dgutils work --profile $(or $(PROFILE),quick) --nproc $(NPROC) $(SETS))
-	@$(PY) -m dgutils reproduce --profile $(or $(PROFILE),quick) $(if $(ONLY),--only $(ONLY)) $(SETS)
+	@$(if $(value NPROC),$(PY) -m dgutils work $(call profile,quick) --nproc $(call q,$(value NPROC)) $(SETS))
+	@$(PY) -m dgutils reproduce $(call profile,quick) $(call each,--only,$(value ONLY)) $(SETS)
+	@$(RUN) -m report.site $(call profile,quick)
 
 keep: .venv/.complete  ## put the scores of PROFILE=cifar10 (default) where git holds them, for another machine to go on
-	@$(PY) -m dgutils keep --profile $(or $(PROFILE),cifar10)
+	@$(PY) -m dgutils keep $(call profile,cifar10)
 
 plan: .venv/.complete  ## what PROFILE=quick (default) would compute, download and take; runs nothing
-	@$(PY) -m dgutils plan --profile $(or $(PROFILE),quick)
+	@$(PY) -m dgutils plan $(call profile,quick)
 
 fetch: .venv/.complete  ## download the weights of PROFILE=paper (default): the only step that needs the network
-	@$(PY) -m dgutils fetch --profile $(or $(PROFILE),paper)
+	@$(PY) -m dgutils fetch $(call profile,paper)
 
 # In a folder of weights of its own, so that no real run ever sees the stand-ins.
 rehearse: .venv/.complete  ## the paper profile at its full architectures, random weights, a handful of images: does it run?
-	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils stand-ins --profile rehearsal
-	@DGUTILS_WEIGHTS='$(CURDIR)/runs/rehearsal/weights' $(PY) -m dgutils reproduce --profile rehearsal $(SETS)
+	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) -m dgutils stand-ins --profile rehearsal
+	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) -m dgutils reproduce --profile rehearsal $(SETS)
 	@sh dgutils/setup.sh tex
-	@$(PY) -m dgutils report --profile rehearsal
+	@$(RUN) -m report.build --profile rehearsal
 
 test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data
-	@$(PY) -m pytest $(ARGS)
+	@$(RUN) -m pytest $(ARGS)
 
 report: .venv/.complete  ## build report/report.pdf; PROFILE=quick (default: committed results, else your own); STRICT=1
 	@sh dgutils/setup.sh tex
-	@test -n "$(PROFILE)$(wildcard report/results/*/06.json)" || \
+	@test -n $(call q,$(value PROFILE)$(wildcard report/results/*/06.json)) || \
 		{ echo "no results yet: running the quick profile first"; $(MAKE) --no-print-directory reproduce; }
-	@$(PY) -m dgutils report $(if $(PROFILE),--profile $(PROFILE)) $(if $(STRICT),--strict)
+	@$(RUN) -m report.build $(profile_if_given) $(if $(value STRICT),--strict)
 
 check-report: .venv/.complete  ## is the report's form in order: paper, length, fonts, references, anonymity, no typed number?
 	@sh dgutils/setup.sh tex
-	@$(PY) -m dgutils check-report $(if $(PROFILE),--profile $(PROFILE))
+	@$(RUN) -m report.check $(profile_if_given)
 
 html: .venv/.complete  ## executed notebooks and figures as a site to open from disk: runs/quick/site/index.html
-	@$(PY) -m dgutils html $(if $(PROFILE),--profile $(PROFILE))
+	@$(RUN) -m report.site $(profile_if_given)
 
 trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
-	@$(PY) -m dgutils trace $(KEY) $(if $(PROFILE),--profile $(PROFILE))
+	@$(PY) -m dgutils trace $(profile_if_given) -- $(call q,$(value KEY))
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it
 	@sh dgutils/setup.sh data
-	@JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 bench: .venv/.complete  ## measure the claims of speed and memory, write docs/bench.md; nothing else should run meanwhile
-	@$(PY) tests/bench.py $(ARGS)
+	@$(RUN) tests/bench.py $(ARGS)
 
 # Needs no packages: it says which are missing.
 doctor:  ## is everything here that PROFILE=quick (default) needs?
-	@$$(command -v .venv/bin/python || command -v python3) -m dgutils doctor --profile $(or $(PROFILE),quick)
+	@$$(command -v .venv/bin/python || command -v python3) -m dgutils doctor $(call profile,quick)
 
 lint: .venv/.complete  ## ruff
 	@$(PY) -m ruff check .

@@ -7,13 +7,13 @@ CIFAR-10: `DGUTILS_DATA`/cifar10/{train,test}.npz, or torchvision's download. Ve
 import functools
 import gzip
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
 from dgutils.errors import UserError
 from dgutils.noise import keyed_rng
+from dgutils.paths import cache_dir, data_dir
 
 # sha256 of the canonical images and labels (see `_canonical`), measured once from two independent sources.
 CHECKSUMS = {
@@ -34,10 +34,6 @@ TEST_IMAGES = 10000  # of either dataset
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
-def _data_root() -> Path | None:
-    return Path(os.environ["DGUTILS_DATA"]) if os.environ.get("DGUTILS_DATA") else None
-
-
 def _read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes (LeCun's MNIST format): 4-byte magic, one 4-byte size per axis, data."""
     with gzip.open(path) as file:
@@ -50,14 +46,13 @@ def _read_idx(path: Path) -> np.ndarray:
 def _from_torchvision(cls: str, split: str):
     import torchvision
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dgutils" / "data"
-    dataset = getattr(torchvision.datasets, cls)(cache, train=split == "train", download=True)
+    dataset = getattr(torchvision.datasets, cls)(cache_dir() / "data", train=split == "train", download=True)
     return np.asarray(dataset.data), np.asarray(dataset.targets)
 
 
 def _fashion_mnist(split: str):
     prefix = {"train": "train", "test": "t10k"}[split]
-    for folder in (_data_root() and _data_root() / "fashion-mnist", _DEBIAN):
+    for folder in (data_dir() and data_dir() / "fashion-mnist", _DEBIAN):
         if folder and folder.is_dir():
             images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
             labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
@@ -68,7 +63,7 @@ def _fashion_mnist(split: str):
 
 
 def _cifar10(split: str):
-    path = _data_root() and _data_root() / "cifar10" / f"{split}.npz"
+    path = data_dir() and data_dir() / "cifar10" / f"{split}.npz"
     if path and path.is_file():
         with np.load(path, allow_pickle=False) as data:
             return data["images"], data["labels"]

@@ -1,37 +1,188 @@
-"""Where things live in the clone. A notebook runs in notebooks/ (JupyterLab) or in the root (papermill)."""
+"""Where things live, and what the environment says: each variable that dgutils reads is read here, and only here.
+
+An empty variable counts as unset. In a folder `~` stands for the home, and a relative one counts from the clone's
+folder, since notebooks run in the root (papermill) or in notebooks/ (JupyterLab). Needs nothing but Python's library.
+"""
+
+from __future__ import annotations
 
 import os
+import pwd
+import re
+import sys
 from pathlib import Path
 
 from dgutils.errors import UserError
 
+# Data set -> its folder in $DGUTILS_DATA, Debian's folder, its folder among torchvision's downloads.
+DATA = {
+    "fashion_mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist", "FashionMNIST/raw"),
+    "cifar10": ("cifar10", None, "cifar-10-batches-py"),
+}
+
+# What an account may have set for other programs. Here it would change numbers (arithmetic), figures or pages, or
+# break a build: names that begin so are dropped.
+ACCOUNT = (
+    "PYTHON", "MPLBACKEND", "IPYTHON", "JUPYTER_PATH", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "PYTEST_",
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT", "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_CEILING",
+    "TEX", "BIB", "BST", "LATEXMK", "max_print_line", "openin_any", "openout_any",
+    "ONEDNN_", "DNNL_", "ATEN_", "NPY_", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
+    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32",
+)  # fmt: skip
+
+
+def said(name: str) -> str | None:
+    """The text of an environment variable without blanks around it; None where it is unset or empty."""
+    return os.environ.get(name, "").strip() or None
+
+
+def home() -> Path:
+    """The user's home folder. Raises UserError where there is none, as for a container's user without an entry."""
+    try:
+        return Path(said("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        raise UserError("no home folder is known here: set XDG_CACHE_HOME (or HOME) to a folder") from None
+
+
+def folder(name: str, below: Path | None = None) -> Path | None:
+    """The folder that an environment variable names, relative ones below the clone (or `below`); None if unset."""
+    text = said(name)
+    if text is None:
+        return None
+    try:
+        path = home() / text[2:] if text == "~" or text.startswith("~/") else Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}={text}: nobody's home is called so; write the whole path") from None
+    return path if path.is_absolute() else ((below or repo_root()) / path).resolve()
+
 
 def repo_root() -> Path:
-    """The folder with pyproject.toml above this file; tests put another in its place with DGUTILS_ROOT."""
-    if override := os.environ.get("DGUTILS_ROOT"):
-        return Path(override).resolve()
-    for folder in Path(__file__).resolve().parents:
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    raise UserError("dgutils is installed apart from its repository: set DGUTILS_ROOT to the clone's folder")
+    """The clone: the folder with pyproject.toml above this file, or the one that $DGUTILS_ROOT names."""
+    clone = next((above for above in Path(__file__).resolve().parents if (above / "pyproject.toml").is_file()), None)
+    root = folder("DGUTILS_ROOT", clone or Path.cwd()) or clone
+    if root is None:
+        raise UserError("dgutils is installed apart from its repository: set DGUTILS_ROOT to the clone's folder")
+    if not root.is_dir():
+        raise UserError(f"DGUTILS_ROOT names {root}, which is no folder: name the clone's, or unset it")
+    return root.resolve()
+
+
+def _of(profile: str, *parts: str) -> Path:
+    """A folder of the clone that belongs to a profile. Raises UserError for what is no profile's name."""
+    if not re.fullmatch("[a-z0-9_][a-z0-9_-]*", profile):
+        raise UserError(f"profile {profile!r}: a name is one word of a-z, 0-9, - and _, as in notebooks/profiles")
+    return repo_root().joinpath(*parts, profile)
 
 
 def runs_dir(profile: str) -> Path:
     """Artifacts and executed notebooks of a profile; git-ignored."""
-    return repo_root() / "runs" / profile
+    return _of(profile, "runs")
 
 
 def results_dir(profile: str) -> Path:
     """The result records that the report reads."""
-    return repo_root() / "report" / "results" / profile
+    return _of(profile, "report", "results")
 
 
 def figures_dir(profile: str) -> Path:
     """Figures, each named for the notebook that made it."""
-    return repo_root() / "figures" / profile
+    return _of(profile, "figures")
+
+
+def data_dir() -> Path | None:
+    """The folder of data sets that the user named ($DGUTILS_DATA), or None."""
+    return folder("DGUTILS_DATA")
+
+
+def cache_dir() -> Path:
+    """Downloads, which all clones of a user share: $XDG_CACHE_HOME/dgutils, or ~/.cache/dgutils."""
+    return (folder("XDG_CACHE_HOME") or home() / ".cache") / "dgutils"
 
 
 def weights_dir() -> Path:
-    """Published weights: $DGUTILS_WEIGHTS, or a folder of the user's cache, which all clones share."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("DGUTILS_WEIGHTS") or cache / "dgutils" / "weights").expanduser().absolute()
+    """Published weights: $DGUTILS_WEIGHTS, or a folder of the cache."""
+    return folder("DGUTILS_WEIGHTS") or cache_dir() / "weights"
+
+
+def data_places(dataset: str) -> list[Path]:
+    """The folders in which a data set may lie, whether they exist or not; the first that does is read."""
+    own, debian, cached = DATA[dataset]
+    places = [data_dir() / own] if data_dir() else []
+    places += [Path(debian)] if debian else []
+    try:
+        return [*places, cache_dir() / "data" / cached]
+    except UserError:  # no home, and none is needed for the others
+        return places
+
+
+def cores(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+    """The processor cores that this process may use: those it is bound to, or fewer by a container's quota."""
+    bound = getattr(os, "sched_getaffinity", None)  # macOS has none
+    count = len(bound(0)) if bound else os.cpu_count() or 1
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = mounted / "cpu" if controllers else mounted  # of version 1, of version 2
+        here = Path(os.path.normpath(f"{top}/{path}"))
+        for group in (here, *here.parents):
+            if group == top or top in group.parents:
+                count = min(count, max(1, int(_quota(group))) if _quota(group) else count)
+    return count
+
+
+def _quota(group: Path) -> float:
+    """The cores that a control group grants; 0 for no limit."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return max(0.0, float(quota) / float(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return 0.0
+
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
+            "TORCHELASTIC_MAX_RESTARTS")  # fmt: skip
+
+
+def torchrun_ranks() -> int:
+    """How many processes torchrun started together; 0 without it, also where some of its variables are left over."""
+    complete = said("MASTER_ADDR") and all((said(name) or "").isdigit() for name in TORCHRUN)
+    return int(os.environ["WORLD_SIZE"]) if complete else 0
+
+
+def inherited() -> dict[str, str]:
+    """This process's environment less what the account set for other programs (`ACCOUNT`)."""
+    return {name: text for name, text in os.environ.items() if not name.startswith(ACCOUNT)}
+
+
+def environment() -> dict[str, str]:
+    """The environment in which we work, and all that we start: `inherited`, and the account's files are hidden.
+
+    These are the configuration of matplotlib, IPython, nbconvert's templates and TeX. Texts are UTF-8
+    whatever the locale.
+    """
+    ours = repo_root() / "runs" / ".account"
+    return {
+        **inherited(),
+        "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours / "ipython"),
+        "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1",
+        **{name: str(ours / "texmf") for name in ("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG")},
+    }  # fmt: skip
+
+
+def settle() -> None:
+    """Start this program again in `environment`, unless it is there: Python reads its variables when it starts."""
+    if (wanted := environment()) != dict(os.environ):
+        os.umask(os.umask(0) & 0o077)  # what we write, we can read
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+
+
+if __name__ == "__main__":  # python -m dgutils.paths ARGUMENTS: python ARGUMENTS, in `environment`
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.argv[1:]], environment())
+    except UserError as error:
+        print(f"dgutils: {error}", file=sys.stderr)
+        sys.exit(2)

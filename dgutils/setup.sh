@@ -2,6 +2,9 @@
 # Installs what a make target needs and this machine lacks, nothing else: sh dgutils/setup.sh venv|data|tex. (have-tex looks.)
 # Runs in the repository's root. Debian packages only through apt-get, and only as root or with sudo that asks nothing.
 set -eu
+umask u=rwx  # what is installed, we can read
+
+PIP_ROUTE='index-url|extra-index-url|find-links|no-index|trusted-host|proxy|cert|client-cert|cache-dir|timeout|retries'
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 2; }
@@ -18,7 +21,8 @@ apt_install() {
 
 # Prints the first Python that is new enough; PYTHON=... takes precedence.
 find_python() {
-    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
+    if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.11 python3.12 python3.13 python3.14; fi
+    for candidate; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"; return
         fi
@@ -34,8 +38,11 @@ make_venv() {
         || { apt_install python3-venv && "$python" -c 'import ensurepip, venv'; } || die "$wanted"
     .venv/bin/python -c '' 2>/dev/null || "$python" -m venv --clear .venv || die 'could not create .venv here'
     say 'installing the pinned packages into .venv (minutes, the first time)'
+    # Of what the account configures for pip only the way to the packages counts; a target, say, would break .venv.
+    { echo '[global]'; .venv/bin/python -m pip config list | sed -nE "s/^(:env:|global|install)\.($PIP_ROUTE)='(.*)'$/\2 = \3/p" \
+        | sed 's/\\n/ /g' | awk '!given[$1]++'; } >.venv/pip.conf
     # Wheels only, each with a listed checksum: nothing that a package brings along runs while it is installed.
-    .venv/bin/python -m pip install --disable-pip-version-check --no-input --require-hashes --only-binary :all: \
+    .venv/bin/python -m pip install --isolated --disable-pip-version-check --no-input --require-hashes --only-binary :all: \
         -r requirements.txt >.venv/pip.log 2>&1 || {
         grep '^ERROR' .venv/pip.log | tail -n 1 >&2
         die 'pip could not install requirements.txt: see .venv/pip.log, mend the cause and start again'
@@ -47,10 +54,9 @@ pathlib.Path(sysconfig.get_path("purelib"), "dgutils.pth").write_text("../../../
 
 # dgutils.datasets also downloads Fashion-MNIST itself, so that lacking the package is no failure.
 find_data() {
-    downloads="${XDG_CACHE_HOME:-${HOME:-}/.cache}/dgutils/data/FashionMNIST/raw"
-    for folder in "${DGUTILS_DATA:-}/fashion-mnist" /usr/share/datasets/fashion-mnist "$downloads"; do
-        if [ -e "$folder/train-images-idx3-ubyte.gz" ]; then return; fi
-    done
+    here='import sys; from dgutils.paths import data_places; sys.exit(not any(map(lambda place: (
+        place / "train-images-idx3-ubyte.gz").is_file(), data_places("fashion_mnist"))))'
+    [ -e /usr/share/datasets/fashion-mnist ] || .venv/bin/python -c "$here" 2>/dev/null && return
     command -v apt-get >/dev/null || return 0
     apt_install dataset-fashion-mnist || say 'Fashion-MNIST will be downloaded (or: sudo apt-get install dataset-fashion-mnist)'
 }

@@ -23,7 +23,6 @@ import traceback
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: only a process without threads can safely fork
-os.environ["GIT_DIR"] = os.devnull  # manifests name the code revision, and somebody may commit meanwhile
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import psutil  # noqa: E402
@@ -33,11 +32,15 @@ from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from dgutils.discriminator import MemberConfig  # noqa: E402
-from dgutils.pipeline import jobs  # noqa: E402
+from dgutils.pipeline import jobs, store  # noqa: E402
 from dgutils.pipeline.store import Store  # noqa: E402
 from dgutils.results import plots  # noqa: E402
 from dgutils.results import records as results  # noqa: E402
-from dgutils.results.report import write_latex  # noqa: E402
+from report.build import write_latex  # noqa: E402
+
+# Manifests name the code's revision, and somebody may commit meanwhile.
+ABOUT = store.provenance() | {"revision": None}
+store.provenance = results.provenance = lambda: ABOUT
 
 MEMBERS = (MemberConfig("a", 1e-2, 0.0, 8), MemberConfig("b", 1e-3, 1e-7, 5, 0.01))
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}  # and files opened to be written
@@ -165,7 +168,7 @@ def snapshot(folder) -> dict[str, str]:
             record = {key: value for key, value in record.items() if key not in ("created", "seconds", "sha256")}
             record.get("provenance", {}).pop("date", None)
             content = json.dumps(record).encode()
-        elif path.suffix in (".ipynb", ".html"):
+        elif path.suffix == ".ipynb":
             content = b"complete" if b"NOTEBOOK COMPLETE: 01_kill" in content else b"not complete"
         elif name.endswith("numbers.tex"):
             content = re.sub(rb"\d{4}-\d\d-\d\d|[\d.,]+ \w+ of computing", b"", content)

@@ -23,6 +23,7 @@ from dgutils.errors import UserError
 from dgutils.networks.adm import EncoderUNet
 from dgutils.pipeline import distributed, jobs
 from dgutils.pipeline.store import Store
+from dgutils.training import sum_gradients
 
 IMAGES = 80  # ten shards
 
@@ -43,7 +44,7 @@ def learn(folder):
                 logit = head(x[mine], time[mine])[:, 0]
                 (F.binary_cross_entropy_with_logits(logit, label[mine], reduction="sum") / len(rows)).backward()
 
-        ranks.sum_gradients(head.parameters(), 3, backward)
+        sum_gradients(head.parameters(), 3, backward, ranks)
         optimizer.step()
 
     for rows in torch.arange(50).split(16):
@@ -173,7 +174,7 @@ def test_ranks_make_what_one_process_makes(alone, tmp_path, nproc, killed):
 
 def test_gradients_in_parts_add_up_to_the_whole():
     x, w = torch.arange(6.0).reshape(3, 2), torch.ones(2, requires_grad=True)
-    distributed.group().sum_gradients([w], 3, lambda part: (x[part] @ w).backward())
+    sum_gradients([w], 3, lambda part: (x[part] @ w).backward(), distributed.group())
     assert torch.equal(w.grad, x.sum(0))
 
 

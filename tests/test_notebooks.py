@@ -72,7 +72,6 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     for source in SOURCES:
         executed = tmp_path / "runs" / "smoke" / "notebooks" / source.name
         assert "](../figures/" in source.read_text() and "](../figures/" not in executed.read_text()
-        assert (tmp_path / "runs" / "smoke" / "html" / f"{source.stem}.html").stat().st_size > 10_000
         figures = list((tmp_path / "figures" / "smoke").glob(f"{source.stem[:2]}_*.pdf"))
         assert figures and all(f.with_suffix(".png").is_file() for f in figures)
     before = {path: path.read_bytes() for path in written}

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from pypdf import PdfReader
 
 from dgutils.errors import UserError
-from dgutils.pipeline.notebooks import every_parameter
-from dgutils.pipeline.study import Study
-from dgutils.results import check_report, plots, report
+from dgutils.pipeline import parameters
+from dgutils.results import plots
 from dgutils.results.records import Recorder, Results, load_results, published
+from report import build as report
+from report import check as check_report
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "\n".join(path.read_text() for path in [ROOT / "report/main.tex", *sorted(ROOT.glob("report/sections/*.tex"))])
@@ -73,11 +74,11 @@ def key_test(sources: list[str]):
 
 
 def test_every_key_of_the_text_is_recorded_or_published():
-    modules = [(ROOT / f"dgutils/{module}.py").read_text() for module in ("results/analysis", "pipeline/study")]
+    modules = [(ROOT / f"dgutils/{module}.py").read_text() for module in ("results/analysis", "pipeline/experiment")]
     recorded = key_test([*CODE, *modules])
     for key in ("arm.paper.first.kid_chnage", "arm.papre.first.kid_change", "toy.exact"):
         assert not recorded(key), key  # so that the test can fail
-    settings = vars(Study)["__dataclass_fields__"] if any(".settings(study)" in source for source in CODE) else ()
+    settings = parameters.Parameters.model_fields if any(".settings(p)" in source for source in CODE) else ()
     missing = [key for key in KEYS if key not in published() and key.removeprefix("settings.") not in settings
                and not recorded(key)]
     assert not missing, f"the report uses keys that no notebook records: {missing}"
@@ -224,7 +225,7 @@ def invented(tmp_path_factory) -> Path:
             shutil.copy(folder / "figures/smoke/00_figure.pdf", folder / f"figures/smoke/{name}.pdf")
         recorders = [Recorder("smoke", path.stem) for path in sorted(ROOT.glob("notebooks/0*.ipynb"))]
         first = recorders[0]
-        first.settings(SimpleNamespace(**every_parameter("smoke")))
+        first.settings(parameters.load("smoke"))
         for key in set(KEYS) - published().keys() - first.records.keys():
             first.record(key, 1.25, label="invented & more", cell="none", interval=(1.0, 1.5), level=0.95, n=1000)
         for slot, rung in itertools.product(("first", "second"), ("only_raw_logits", "only_wrong_file",

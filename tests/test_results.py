@@ -17,7 +17,7 @@ from dgutils.results.records import (
     print_summary,
     published,
 )
-from dgutils.results.report import write_latex
+from report.build import write_latex
 
 WHERE = dict(label="FD", cell="The table of arms")
 
@@ -241,7 +241,7 @@ def ladder(steps: dict[str, float], alone: dict[str, tuple[float, str]]) -> resu
 def test_causes_follow_the_rules_of_the_design():
     found = results.causes(ladder({"without_raw_logits": -9.0, "correct": -0.5},
                                   {"raw_logits": (8.0, "higher than"), "wrong_file": (0.2, "lower than")}), "first")
-    raw, file = (trace.constants("study")["FAULTS"][fault] for fault in ("raw_logits", "wrong_file"))
+    raw, file = (trace.constants("pipeline/study")["FAULTS"][fault] for fault in ("raw_logits", "wrong_file"))
     assert found == {"alone": f"{raw} (8.0); {file} (0.2)", "sufficient": raw, "carries": f"{raw} (-9.0)"}
     found = results.causes(ladder({"without_raw_logits": 0.2, "correct": -0.5},
                                   {"raw_logits": (8.0, "lower than"), "wrong_file": (0.2, "lower than")}), "first")

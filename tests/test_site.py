@@ -10,8 +10,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from dgutils.errors import UserError
-from dgutils.results import plots, site
+from dgutils.results import plots
 from dgutils.results.records import Recorder
+from report import site
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,6 @@ Begins with nothing but Python's own library, so that it also works where nothin
 nothing and touches no network.
 """
 
-import fcntl
 import os
 import platform
 import re
@@ -16,17 +15,13 @@ from importlib import metadata
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import repo_root, runs_dir
+from dgutils.paths import DATA, cores, data_places, repo_root, runs_dir
 
 PACKAGE = Path(__file__).resolve().parents[1]
 GB = 1e9
 PACKAGES_GB = 6  # with the CUDA libraries that torch brings along on Linux
 MEMORY_GB = 4  # of one process, with the published networks
 ARMS = 40  # image sets of num_eval images that the six notebooks compare, rounded up
-DATA = {  # dataset -> folder in $DGUTILS_DATA, Debian's folder, folder in torchvision's cache, MB to download
-    "fashion_mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist", "FashionMNIST/raw", 30),
-    "cifar10": ("cifar10", None, "cifar-10-batches-py", 170),
-}
 
 
 class Absent(Exception):
@@ -43,24 +38,19 @@ def check_python():
 
 
 def pins(text):
-    """(name, version, marker) of every package in the text of requirements.txt."""
-    return re.findall(r"^([\w.-]+)==([\w.]+)(?: ; (.*?))? \\$", text, re.MULTILINE)
-
-
-def applies(marker):
-    """Whether a pin is meant for this Python and platform."""
+    """(name, version) of every package that a text like requirements.txt wants on this Python and platform."""
     try:
         from packaging.markers import Marker
-    except ImportError:
-        return not marker  # hardly anything is installed; the others will do to say so
-    return not marker or Marker(marker).evaluate()
+    except ImportError:  # hardly anything is installed; the pins without a marker will do to say so
+        Marker = None
+    listed = re.findall(r"^([\w.-]+)==([\w.]+)(?: ; (.*?))? \\$", text, re.MULTILINE)
+    return [(name, pin) for name, pin, marker in listed if not marker or Marker and Marker(marker).evaluate()]
 
 
 def check_packages():
     found = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in metadata.distributions() if d.name}
-    pinned = [pin for pin in pins((repo_root() / "requirements.txt").read_text()) if applies(pin[2])]
-    wrong = [f"{name} {found.get(name, 'absent')} instead of {version}" for name, version, _ in pinned
-             if found.get(name) != version]
+    pinned = pins((repo_root() / "requirements.txt").read_text(encoding="utf-8"))
+    wrong = [f"{name} {found.get(name, 'absent')} instead of {pin}" for name, pin in pinned if found.get(name) != pin]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise Absent(", ".join(wrong[:3]) + more, "`make test` or `make reproduce` install them in .venv; by hand: "
@@ -83,12 +73,11 @@ def check_folder(profile):
     runs = runs_dir(profile)
     place = next(path for path in (runs, *runs.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with tempfile.TemporaryFile(dir=place):
+            return f"{runs} can be written"
     except OSError as error:
         raise Absent(f"{place} ({os.strerror(error.errno).lower()})",
-                     "make it a folder where you can write and lock files, or clone elsewhere") from error
-    return f"{runs} can be written and locked"
+                     "make it a folder where you can write, or clone elsewhere") from error
 
 
 def check_memory():
@@ -120,65 +109,41 @@ def check_device():
         memory = torch.cuda.get_device_properties(0).total_memory / GB
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {memory:.0f} GB; {precision}"
     mps = "; Apple's GPU is not used" if torch.backends.mps.is_available() else ""
-    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {precision}{mps}"
+    return f"CPU, {cores()} cores, {torch.get_num_threads()} threads; {precision}{mps}"
 
 
 def check_data(dataset):
     from dgutils.datasets import load_dataset
 
-    if dataset not in DATA:
-        raise Absent(f"unknown dataset {dataset}", f"choose one of {', '.join(DATA)}")
-    own, debian, cached, megabytes = DATA[dataset]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgutils" / "data"
-    root = os.environ.get("DGUTILS_DATA")
-    places = [root and Path(root, own), debian and Path(debian), cache / cached]
-    place = next((place for place in places if place and place.is_dir()), None)
-    if place is None:  # to load it would be to download it
-        package = "sudo apt-get install dataset-fashion-mnist, or " if debian else ""
-        raise Absent(f"{dataset}, looked for in {', '.join(str(place) for place in places if place)}",
-                     f"{package}nothing: {megabytes} MB are downloaded when first needed")
-    try:
-        train, test = (len(load_dataset(dataset, split)[0]) for split in ("train", "test"))
-    except UserError as error:
-        raise Absent(str(error), "as it says") from error
-    return f"{dataset}: {train:,} and {test:,} images in {place}, checksums right"
+    places = data_places(dataset) if dataset in DATA else []
+    if places and not any(place.is_dir() for place in places):  # to load it would be to download it
+        get = {"fashion_mnist": "sudo apt-get install dataset-fashion-mnist, or nothing: 30 MB are",
+               "cifar10": "nothing: 170 MB are"}[dataset]  # fmt: skip
+        raise Absent(f"{dataset}, looked for in {', '.join(map(str, places))}", f"{get} downloaded when first needed")
+    train, test = (len(load_dataset(dataset, split)[0]) for split in ("train", "test"))
+    return f"{dataset}: {train:,} and {test:,} images, checksums right"
 
 
 def check_shipped(values):
-    """The profile's networks of dgutils/assets, against their model cards."""
-    from dgutils.networks.checkpoints import model_card, sha256_of
-    from dgutils.networks.weights import registry
+    from dgutils.networks import checkpoints, weights
 
-    names = [name for name in dict.fromkeys([values["score_network"], values["feature_extractor"]])
-             if name not in registry()]
-    for name in names:
-        path = PACKAGE / "assets" / f"{name}.safetensors"
-        if not path.with_suffix(".yaml").exists():
-            raise Absent(f"unknown network {name}", "choose one of dgutils/assets or of its registry.yaml")
-        if not path.exists() or not path.with_suffix(".json").exists():
-            raise Absent(f"{path.name} or its model card", "git checkout -- dgutils/assets; if it does not ship yet: "
-                                                           f"python -m dgutils train-score {name} (or train-extractor)")
-        if sha256_of(path) != model_card(name)["sha256"]:
-            raise Absent(f"{path.name} is not what its model card says", f"git checkout -- dgutils/assets/{path.name}")
-    return ", ".join(names) + ": here, checksums right" if names else "the profile uses none"
+    loaders = {"score_network": checkpoints.load_denoiser, "feature_extractor": checkpoints.load_feature_extractor}
+    shipped = {values[key]: load for key, load in loaders.items() if values[key] not in weights.registry()}
+    found = [name for name, load in shipped.items() if load(name)]
+    return f"{', '.join(found)}: here, checksums right" if found else "the profile uses none"
 
 
 def check_published(profile, values):
-    """The files of the registry that a profile names, against the checksums of their first use."""
-    from dgutils.networks.weights import is_rehearsal, mentioned, status, weights_dir
+    from dgutils.networks import weights
 
-    found = status(mentioned(values))
-    altered, absent = ([entry for entry in found if entry.state == state] for state in ("altered", "absent"))
-    if altered:
-        raise Absent(f"{', '.join(entry.published.name for entry in altered)}: altered since the first use",
-                     f"move them out of {weights_dir()}; then: make fetch PROFILE={profile}")
-    if absent:
-        raise Absent(f"{', '.join(entry.published.name for entry in absent)}: not in {weights_dir()}",
+    found = weights.status(weights.mentioned(values))
+    if absent := [entry for entry in found if entry.state == "absent"]:
+        raise Absent(f"{', '.join(entry.published.name for entry in absent)}: not in {weights.weights_dir()}",
                      f"make fetch PROFILE={profile} ({sum(entry.bytes for entry in absent) / 1e6:,.0f} MB); "
                      "`make rehearse` runs without them, on random ones")
-    standins = ": RANDOM stand-ins, for a rehearsal only" if found and is_rehearsal() else ""
-    names = ", ".join(f"{entry.published.name} ({entry.state})" for entry in found)
-    return names + standins or "the profile uses none"
+    standins = ": RANDOM stand-ins, for a rehearsal only" if found and weights.is_rehearsal() else ""
+    names = [weights.find(entry.published.name).name for entry in found]  # refuses one that was altered
+    return ", ".join(names) + standins or "the profile uses none"
 
 
 # --- the list
@@ -189,17 +154,16 @@ def run(profile="quick"):
 
     Raises UserError for an unknown profile.
     """
-    colours = {"OK": "\033[32m", "MISSING": "\033[31m"} if sys.stdout.isatty() else {}
-    missing, end = [], "\033[0m" if colours else ""
+    missing = []
 
     def check(name, function, *arguments):
         try:
-            text, state = function(*arguments), "OK"
-        except Absent as absent:
-            text, state = f"{absent.args[0]}\n{'':>11}{'to do':<18} {absent.args[1]}", "MISSING"
+            print(f"  OK       {name:<18} {function(*arguments)}", flush=True)
+            return True
+        except (Absent, UserError) as absent:
+            print(f"  MISSING  {name:<18} " + f"\n{'':>11}{'to do':<18} ".join(absent.args), flush=True)
             missing.append(name)
-        print(f"  {colours.get(state, '')}{state:<7}{end}  {name:<18} {text}", flush=True)
-        return state == "OK"
+            return False
 
     print(f"What profile {profile} needs:\n")
     check("Python", check_python)

@@ -1,221 +1,212 @@
 """Discriminator guidance, reproduced: the command line behind the Makefile."""
 
-import argparse
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
+import click
+
 from dgutils.errors import UserError
-from dgutils.paths import repo_root, results_dir, runs_dir
-
-NOTEBOOKS = "notebooks/profiles/PROFILE.yaml"
+from dgutils.paths import cores, repo_root, runs_dir
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, as everything else here does."""
+class Command(click.Command):
+    """A command whose options --set and --only also take several values at once: --set a=1 b=2."""
 
-    def error(self, message):
-        self.exit(2, f"dgutils: {message} (python -m {self.prog} --help)\n")
+    def parse_args(self, context, args):
+        spread, last = [], None
+        for text in args:
+            if last in ("--set", "--only") and not text.startswith("-") and spread[-1] != last:
+                spread.append(last)
+            last = text if text.startswith("-") else last
+            spread.append(text)
+        rest = super().parse_args(context, spread)
+        if not context.params.get("nproc") and cores() < (os.cpu_count() or 1):
+            os.environ.setdefault("OMP_NUM_THREADS", str(cores()))  # torch counts cores that a quota withholds
+        return rest
 
 
-def _reproduce(args):
+def _minutes(context, parameter, value):
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter("give minutes, more than 0")
+    return value
+
+
+def _name(context, parameter, profile):
+    return profile if profile is None else runs_dir(profile).name  # refuses what is no name, before all else
+
+
+def _profile(default, text="notebooks/profiles/PROFILE.yaml"):
+    return click.option("--profile", default=default, show_default=True, callback=_name, help=text)
+
+
+SET = click.option("--set", multiple=True, metavar="NAME=VALUE ...", help="Change a parameter.")
+commands = click.Group("dgutils", help=__doc__, no_args_is_help=False, context_settings={"max_content_width": 120})
+command = commands.command(cls=Command)
+
+
+@command
+@_profile("quick")
+@click.option("--only", multiple=True, metavar="NN ...", help="Only the notebooks whose names begin so.")
+@SET
+@click.option("--cell-timeout", type=int, default=24 * 3600, help="Seconds that a cell may take, 0: any [a day].")
+def reproduce(profile, only, set, cell_timeout):
+    """Run the notebooks of a profile and print the result table."""
     from dgutils.pipeline.notebooks import run_profile
     from dgutils.pipeline.parameters import parse_overrides
-    from dgutils.results import site
     from dgutils.results.records import print_summary
 
-    def render(executed):
-        page = runs_dir(args.profile) / "html" / f"{executed.stem}.html"
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(site.notebook_page(executed, args.profile)[1], encoding="utf-8")
-
-    run_profile(args.profile, args.only, parse_overrides(args.set), args.cell_timeout, render)
-    if args.only is None:
-        print_summary(args.profile)
+    run_profile(profile, only or None, parse_overrides(set), cell_timeout)
+    if not only:
+        print_summary(profile)
 
 
-def _work(args):
+@command
+@_profile("quick")
+@click.option("--nproc", type=int, help="Start so many ranks on this machine [be one of torchrun's].")
+@click.option("--timeout", type=float, default=360, callback=_minutes, help="Minutes that ranks wait [360].")
+@click.option("--minutes", type=float, callback=_minutes, help="End after so long, between shards, epochs or scores.")
+@SET
+def work(profile, nproc, timeout, minutes, set):
+    """Compute what a profile's notebooks will ask for, as one rank or as several."""
     from dgutils.pipeline import launching, parameters
     from dgutils.pipeline.work import work
 
-    overrides = parameters.parse_overrides(args.set)
-    if args.nproc is None:
-        work(args.profile, overrides, args.timeout, args.minutes)
-        return
-    parameters.load(args.profile, overrides)  # what is wrong with them is said before any rank starts
-    again = ["-m", "dgutils", "work", "--profile", args.profile, "--timeout", str(args.timeout)]
-    again += ["--minutes", str(args.minutes)] if args.minutes is not None else []
-    launching.run_ranks(args.nproc, again + ["--set", *args.set] * bool(args.set))
+    overrides = parameters.parse_overrides(set)
+    if nproc is None:
+        return work(profile, overrides, timeout, minutes)
+    parameters.load(profile, overrides)  # what is wrong with them is said before any rank starts
+    again = ["-m", "dgutils", "work", "--profile", profile, "--timeout", str(timeout)]
+    again += ["--minutes", str(minutes)] if minutes else []
+    launching.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
 
 
-def _plan(args):
+@command
+@_profile("cifar10")
+def keep(profile):
+    """Put a profile's scores where git holds them, for other machines to go on from."""
+    from dgutils.results.records import keep
+
+    print(f"wrote {keep(profile)}")
+
+
+@command
+@_profile("quick")
+def plan(profile):
+    """Say what a profile would compute, download and take; run nothing."""
     from dgutils.cli.plan import show
 
-    show(args.profile)
+    show(profile)
 
 
-def _fetch(args):
+@command
+@_profile("paper")
+@click.argument("name", nargs=-1)
+def fetch(profile, name):
+    """Download the published weights that a profile needs, or only the NAMEs of dgutils/assets/registry.yaml."""
     from dgutils import datasets
     from dgutils.networks import weights
     from dgutils.pipeline.parameters import load
 
-    parameters = load(args.profile).model_dump()
-    names = args.name or weights.mentioned(parameters)
+    parameters = load(profile).model_dump()
+    names = name or weights.mentioned(parameters)
     weights.fetch(names)
-    if not args.name:
-        for split in ("train", "test"):
-            datasets.load_dataset(parameters["dataset"], split)
+    for split in () if name else ("train", "test"):
+        datasets.load_dataset(parameters["dataset"], split)
     if not names:
-        print(f"profile {args.profile} needs no weights from the network; its images are here")
+        print(f"profile {profile} needs no weights from the network; its images are here")
 
 
-def _inspect(args):
+@command
+@click.argument("file", nargs=-1, required=True, type=Path)
+def inspect(file):
+    """Say what each checkpoint FILE holds; nothing in it is executed."""
     from dgutils.networks.inspection import inspect
 
-    for file in args.file:
-        print("\n".join(inspect(Path(file))))
+    refused = []
+    for path in file:
+        print("\n".join(lines := inspect(path)))
+        refused += [str(path)] * any(line.startswith("REFUSED") for line in lines)
+    if refused:
+        raise UserError(f"refused, for the reasons above: {', '.join(refused)}")
 
 
-def _stand_ins(args):
+@command
+@_profile("rehearsal")
+def stand_ins(profile):
+    """Write random stand-ins for a profile's published weights to $DGUTILS_WEIGHTS."""
     from dgutils.networks import weights
     from dgutils.networks.standins import write_stand_ins
     from dgutils.pipeline.parameters import load
 
-    folder = weights.weights_dir()
-    write_stand_ins(folder, weights.mentioned(load(args.profile).model_dump()))
-    print(f"{folder}: random stand-ins for the published weights")
+    write_stand_ins(weights.weights_dir(), weights.mentioned(load(profile).model_dump()))
+    print(f"{weights.weights_dir()}: random stand-ins for the published weights")
 
 
-def _doctor(args):
+@command
+@_profile("quick")
+def doctor(profile):
+    """Say whether everything is here that a profile needs."""
     from dgutils.cli.doctor import run
 
-    return run(args.profile)
+    return run(profile)
 
 
-def _report_profile(profile):
-    """The committed study is the report's; a clone that has not got it yet reports what it ran itself."""
-    complete = [p for p in ("cifar10", "quick") if (results_dir(p) / "06.json").is_file()]
-    return profile or (complete or ["quick"])[0]
-
-
-def _report(args):
-    from dgutils.results.report import build
-
-    path = build(_report_profile(args.profile), args.mode, not args.unmarked, args.strict)
-    print(path.relative_to(repo_root()))
-
-
-def _check_report(args):
-    from dgutils.results.check_report import check
-
-    problems = check(_report_profile(args.profile))
-    print("\n".join(problems) or "the report is in order")
-    return 1 if problems else 0
-
-
-def _html(args):
-    from dgutils.results.site import build
-
-    print(build(_report_profile(args.profile)).relative_to(repo_root()))
-
-
-def _trace(args):
-    from dgutils.results.records import load_results
+@command
+@click.argument("key")
+@_profile(None, "Whose results [cifar10 if there are any, else quick].")
+def trace(key, profile):
+    r"""Say where a number, figure or table comes from: KEY as in \res{KEY}, figure:NN_slug or table:name."""
+    from dgutils.results.records import load_results, profile_to_report
     from dgutils.results.trace import describe
 
-    print(describe(load_results(_report_profile(args.profile)), args.key))
+    print(describe(load_results(profile_to_report(profile)), key))
 
 
-def _keep(args):
-    from dgutils.results.records import keep
+@command
+@click.argument("name")
+@click.option("--out", type=Path, help="Folder of checkpoint and result [runs/networks].")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all].")
+@click.option("--minutes", type=float, callback=_minutes, help="Train so long, whatever the recipe's images.")
+@click.option("--parts", is_flag=True, help="Write the weights in parts of 15 MiB, too.")
+@click.option("--join", type=Path, metavar="FOLDER", help="Only put the parts in FOLDER together, checked.")
+@click.option("--export", is_flag=True, help="Only write the weights of the checkpoint so far.")
+def train_score(name, out, threads, minutes, parts, join, export):
+    """Train the network of a recipe, dgutils/assets/NAME.yaml; resumes."""
+    from dgutils.networks import checkpoints, pretrain
 
-    print(f"wrote {keep(args.profile)}")
-
-
-def _train(args):
-    from dgutils.networks.checkpoints import write_parts
-    from dgutils.networks.pretrain import export, join, train_network
-
-    out = Path(args.out) if args.out else repo_root() / "runs" / "networks"
-    if args.join:
-        path = join(args.name, Path(args.join), out)
+    out = out or repo_root() / "runs" / "networks"
+    if join:
+        path = pretrain.join(name, join, out)
     else:
-        path = export(args.name, out) if args.export else train_network(args.name, out, args.threads,
-                                                                         minutes=args.minutes)  # fmt: skip
-    if args.parts:
-        write_parts(path, out)
+        path = pretrain.export(name, out) if export else pretrain.train_network(name, out, threads, minutes=minutes)
+    if parts:
+        checkpoints.write_parts(path, out)
     finished = json.loads(path.with_suffix(".json").read_text())["finished"]
     state = "" if finished else " (unfinished: the same command goes on)"
     print(f"wrote {path} and its model card{state}; to ship them, move both to dgutils/assets")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dgutils", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, run, text, profile=None):
-        sub = commands.add_parser(name, help=text)
-        if profile:
-            sub.add_argument("--profile", default=profile, help=f"{NOTEBOOKS} [{profile}]")
-        sub.set_defaults(run=run)
-        return sub
-
-    overrides = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change a parameter")
-    sub = command("reproduce", _reproduce, "run the notebooks of a profile and print the result table", "quick")
-    sub.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names begin so")
-    sub.add_argument("--set", **overrides)
-    sub.add_argument("--cell-timeout", type=int, default=24 * 3600, metavar="S",
-                     help="seconds after which a cell counts as hanging; 0 for none [a day]")  # fmt: skip
-    sub = command("work", _work, "compute what a profile's notebooks will ask for, as one rank or as several", "quick")
-    sub.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine [be one of torchrun's]")
-    sub.add_argument("--timeout", type=float, default=360, metavar="MIN", help="minutes ranks wait for each other")
-    sub.add_argument("--minutes", type=float, metavar="M", help="end after so long, between shards, epochs or scores")
-    sub.add_argument("--set", **overrides)
-    command("keep", _keep, "put a profile's scores where git holds them, for other machines to go on from", "cifar10")
-    command("plan", _plan, "what a profile would compute, download and take; runs nothing", "quick")
-    sub = command("fetch", _fetch, "download the published weights that a profile needs", "paper")
-    sub.add_argument("name", nargs="*", help="only these files of dgutils/assets/registry.yaml")
-    sub = command("inspect", _inspect, "what a checkpoint file holds; nothing in it is executed")
-    sub.add_argument("file", nargs="+")
-    command("stand-ins", _stand_ins, "write random stand-ins for a profile's published weights to $DGUTILS_WEIGHTS",
-            "rehearsal")  # fmt: skip
-    command("doctor", _doctor, "is everything here that a profile needs?", "quick")
-
-    report = command("report", _report, "build report/report.pdf from the results of a profile")
-    report.add_argument("--mode", default="preprint", help="preprint, final or submission [preprint]")
-    report.add_argument("--unmarked", action="store_true", help="without the margin marks")
-    report.add_argument("--strict", action="store_true", help="refuse results older than the code that made them")
-    trace = command("trace", _trace, "where a number, figure or table of the report comes from")
-    trace.add_argument("key", help="as in \\res{key}; figure:NN_slug; table:name")
-    check = command("check-report", _check_report, "build the report and its anonymous copy; is their form in order?")
-    site = command("html", _html, "the executed notebooks and the report's figures as a static site")
-    for sub in (report, check, site, trace):
-        sub.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
-    for name, what in (("train-score", "score network"), ("train-extractor", "feature extractor")):
-        sub = command(name, _train, f"train the {what} of a recipe in dgutils/assets; resumes")
-        sub.add_argument("name", help="the recipe: dgutils/assets/NAME.yaml")
-        sub.add_argument("--out", help="folder of checkpoint and result [runs/networks]")
-        sub.add_argument("--threads", type=int, help="CPU threads [all]")
-        sub.add_argument("--minutes", type=float, metavar="M", help="train for so long, whatever the recipe's images")
-        sub.add_argument("--parts", action="store_true", help="write the weights in parts of 15 MiB, too")
-        sub.add_argument("--join", metavar="FOLDER", help="only put the parts in FOLDER together, and check them")
-        sub.add_argument("--export", action="store_true", help="only write the weights of the checkpoint so far")
-    return parser
+commands.add_command(train_score, "train-extractor")
 
 
-def main(argv=None) -> int:
+def main(arguments=None) -> int:
     """Run a command; a problem that the user can mend is one line on stderr and exit status 2."""
     try:
-        args = _parser().parse_args(argv)
-        return args.run(args) or 0
-    except UserError as error:
-        print(f"dgutils: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"dgutils: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return commands.main(arguments, prog_name="dgutils", standalone_mode=False) or 0
+    except click.Abort:
         print("dgutils: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
+    except click.UsageError as error:
+        name = error.ctx.command_path if error.ctx else "dgutils"
+        problem = UserError(f"{error.format_message().rstrip('.')} (python -m {name} --help)")
+    except UserError as error:
+        problem = error
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        problem = UserError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    print(f"dgutils: {problem}", file=sys.stderr)
+    return 2

@@ -8,16 +8,17 @@ import math
 import textwrap
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dgutils.discriminator import Ensemble, init_head, train_discriminators
+from dgutils.discriminator import Ensemble
 from dgutils.errors import UserError
 from dgutils.guidance import grad_log_density_ratio
 from dgutils.networks import checkpoints, weights
-from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.adm import EncoderUNet, init_head
 from dgutils.networks.edm import Denoiser
 from dgutils.noise import karras_sigmas, sigma_to_vp_time
 from dgutils.pipeline import jobs
@@ -27,6 +28,7 @@ from dgutils.pipeline.parameters import Parameters
 from dgutils.pipeline.store import provenance
 from dgutils.pipeline.work import Declared, needed
 from dgutils.sampler import network_denoiser, nfe
+from dgutils.training import Split, TrainingSettings, train_discriminators
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
 MISSING = ", nor features whose network is absent"
@@ -171,11 +173,12 @@ def rates(p: Parameters, training: Training) -> dict[str, float]:
 
     batch = p.discriminator_batch_size
     pixels = np.zeros((2 * batch, *denoiser.shape[1:], denoiser.shape[0]), np.uint8)
-    labels, member = np.tile([0, 1], batch), [replace(training.members[0], epochs=1)]
+    labels, member = np.tile([0, 1], batch), (replace(training.members[0], epochs=1),)
 
     def train(pairs):
-        train_discriminators(extractor, head, pixels[: 2 * pairs], labels[: 2 * pairs], pixels[:2], labels[:2], member,
-                             min(2 * pairs, batch), 0, precision)  # fmt: skip
+        learn, validate = (Split(pixels[:n], labels[:n]) for n in (2 * pairs, 2))
+        settings = TrainingSettings(member, min(2 * pairs, batch), precision=precision)
+        train_discriminators(extractor, partial(init_head, head, 0), learn, validate, settings)
 
     return {"score": _seconds(lambda n: denoise(x[:n], sigma[:n], 0, 1), size), "gradient": gradient(1),
             "gradients": gradient(len(p.member_names)),

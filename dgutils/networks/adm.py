@@ -15,6 +15,7 @@ from torch import nn
 
 from dgutils.errors import UserError
 from dgutils.networks.edm import GroupNorm
+from dgutils.noise import INITIALISATION, keyed_rng
 
 # The two networks of the published CIFAR-10 discriminator: 47,771,112 and 2,883,841 parameters.
 PUBLISHED_EXTRACTOR = dict(
@@ -74,16 +75,13 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):  # [N,C,h,w], [N,E]
-        norm, activation, conv = self.in_layers
-        h = activation(norm(x))
+        norm, _, conv = self.in_layers
+        h = norm(x, silu=True)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         h = conv(h)
-        scale, shift = self.emb_layers(embedding)[:, :, None, None].chunk(2, dim=1)  # [N,C',1,1] each
-        norm, *rest = self.out_layers
-        h = torch.addcmul(shift, norm(h), 1 + scale)
-        for layer in rest:
-            h = layer(h)
+        norm, *_, conv = self.out_layers
+        h = conv(norm(h, silu=True, adapt=self.emb_layers(embedding).chunk(2, dim=1)))
         return self.skip_connection(x) + h  # [N,C',h',w']
 
 
@@ -232,3 +230,10 @@ class EncoderUNet(nn.Module):
     def forward(self, x, vp_time, class_labels=None):
         """Outputs [N, out_channels]: extractor: class logits, head: log-density-ratio. See `features`."""
         return self.out(self.features(x, vp_time, class_labels))
+
+
+def init_head(config: dict, seed: int, member: int) -> EncoderUNet:
+    """A discriminator's fresh head: weights of (seed, member) alone; torch's global generator is left as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(keyed_rng(seed, member, 0, INITIALISATION).integers(2**63)))
+        return EncoderUNet(**config)

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,18 @@ import torch
 from tqdm import tqdm
 
 from dgutils import datasets, metrics
-from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
+from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits
 from dgutils.errors import UserError
-from dgutils.guidance import GuidedDenoiser, check_settings
+from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
 from dgutils.networks import checkpoints
-from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.adm import EncoderUNet, init_head
+from dgutils.networks.features import image_features, metric_name
 from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from dgutils.paths import results_dir, runs_dir
 from dgutils.pipeline import ranks
 from dgutils.pipeline.store import KEPT, Artifact, ShardedSet, Store, digest_of_json, log_line
 from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
+from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
@@ -235,9 +237,10 @@ def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()
     if guidance is None:
         return denoise
     ensemble = ensemble or guidance.ensemble()
-    return GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order, guidance.time_min,
-                          guidance.time_max, guidance.boosting, precision, guidance.log_ratio,
-                          labels if ensemble.conditional else None)  # fmt: skip
+    guided = GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order, guidance.time_min,
+                            guidance.time_max, precision, guidance.log_ratio,
+                            labels if ensemble.conditional else None)  # fmt: skip
+    return BOOSTING[guidance.boosting](guided)
 
 
 def draw(sampling: Sampling, denoise, seeds, churn=None) -> torch.Tensor:
@@ -346,14 +349,6 @@ def scaled_members(names, learning_rates, weight_decays, epochs, min_times, epoc
         raise UserError(f"table 1 needs one value a member in every column, not {lengths}")
     columns = zip(*columns.values(), strict=True)
     return tuple(MemberConfig(n, lr, wd, max(1, round(e * epoch_scale)), t) for n, lr, wd, e, t in columns)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Real (label 1) and generated (label 0) images of one part of the data, as many of each."""
-
-    images: np.ndarray
-    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -527,12 +522,12 @@ def discriminators(store: Store, training: Training, fakes: ImageSet, label: str
                 bar.set_postfix_str(f"{name} {row['val_loss']:.3f}")
                 bar.update()
 
-            members = train_discriminators(
-                extractor, training.head, learn.images, learn.labels, validate.images, validate.labels,
-                training.members, training.batch_size, training.seed, training.precision, training.sequential,
-                progress, checkpoint, resume, training.kept, training.resampling,
-                checkpoints.clock(training.feature_extractor), training.parts,
-            )  # fmt: skip
+            settings = TrainingSettings(
+                training.members, training.batch_size, training.seed, training.precision,
+                checkpoints.clock(training.feature_extractor), training.sequential, training.resampling, training.kept,
+                training.parts)  # fmt: skip
+            members = train_discriminators(extractor, partial(init_head, training.head, training.seed), learn, validate,
+                                           settings, Callbacks(progress, checkpoint, resume), group)  # fmt: skip
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
                   for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
                   for k, v in state.items()}  # fmt: skip
@@ -615,7 +610,7 @@ def _extractor_features(name: str):
 def space_name(space: str) -> str:
     """A feature space in words, for captions: only Inception's distance is called FID."""
     known = space == "inception" or space.startswith("efficientnet")
-    return metrics.metric_name(space) if known else f"FD ({space} features)"
+    return metric_name(space) if known else f"FD ({space} features)"
 
 
 def _feature_inputs(images: ImageSet | RealSet, space: str) -> dict[str, str]:
@@ -627,7 +622,7 @@ def _feature_inputs(images: ImageSet | RealSet, space: str) -> dict[str, str]:
 def encode(images: np.ndarray, space: str) -> np.ndarray:
     """Features float32 [n, d] of images uint8 [n, H, W, C] in `space`; see `features`."""
     if space == "inception" or space.startswith("efficientnet"):
-        return metrics.image_features(images, space, device=str(device()))
+        return image_features(images, space, device=str(device()))
     return metrics.extract(images, _extractor_features(space), 250, device=device())
 
 

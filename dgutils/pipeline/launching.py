@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dgutils.errors import UserError
+from dgutils.paths import cores, torchrun_ranks
 from dgutils.pipeline.ranks import LostContact, first_line
 
 MAX_RESTARTS = 3  # of the group, before a failure counts
@@ -35,7 +36,7 @@ def reporting() -> Iterator[None]:
     with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
     exception"), and a rank that had done its work would count as failed.
     """
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    if not (torchrun_ranks() and os.environ.get("TORCHELASTIC_ERROR_FILE")):
         yield
         return
     file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -81,13 +82,14 @@ def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTAR
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else they find dead ranks (PyTorch issue 135712)
     with tempfile.TemporaryDirectory() as logs:
         logging.disable()  # what torchrun would tell in many lines we tell in one
         try:
-            run(parse_args(["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}",
-                            f"--log-dir={logs}", *command]))  # fmt: skip
+            # The ranks are on this machine, which need not be able to resolve its own name.
+            run(parse_args(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}",
+                            f"--max-restarts={max_restarts}", f"--log-dir={logs}", *command]))  # fmt: skip
         except ChildFailedError as error:
             if told := _failures(max(Path(logs).glob("*/attempt_*"), key=lambda path: int(path.name[8:]))):
                 raise UserError(told[0]["message"]) from None

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,10 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
         for cell in executed.cells:
             if cell.cell_type == "markdown":
                 cell.source = COMMITTED.sub("", cell.source)
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):  # sliders need a kernel; their picture does not
+                    output.data.pop("application/vnd.jupyter.widget-view+json", None)
+        executed.metadata.pop("widgets", None)
         nbformat.write(executed, temporary)
         os.replace(temporary, done)
         failed.unlink(missing_ok=True)
@@ -121,11 +125,10 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
 
 
 def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides: Mapping[str, Any] | None = None,
-                cell_timeout: int = CELL_TIMEOUT, when_done: Callable[[Path], None] = lambda path: None
-                ) -> dict[str, float]:  # fmt: skip
+                cell_timeout: int = CELL_TIMEOUT) -> dict[str, float]:  # fmt: skip
     """Run all notebooks, or those whose names begin with `only`, in order. Returns name -> seconds.
 
-    Each notebook gets the profile's name and the overrides. when_done: called with every executed notebook's path.
+    Each notebook gets the profile's name and the overrides.
     """
     if cell_timeout < 0:
         raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
@@ -137,9 +140,7 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides
     for number, source in enumerate(selected, 1):
         print(f"[{number}/{len(selected)}] {source.stem}", flush=True)
         start = time.monotonic()
-        done = run_notebook(source, {**(overrides or {}), "profile": profile}, runs_dir(profile), cell_timeout)
-        with disk_errors(runs_dir(profile)):
-            when_done(done)
+        run_notebook(source, {**(overrides or {}), "profile": profile}, runs_dir(profile), cell_timeout)
         seconds[source.stem] = time.monotonic() - start
     print("\n".join(f"{name:<30} {duration:7.1f} s" for name, duration in seconds.items()), flush=True)
     return seconds

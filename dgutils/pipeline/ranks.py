@@ -5,14 +5,13 @@ runs in a group of one, where there is nothing to share. The ranks of a group ma
 order; what they make does not depend on how many they are, nor on who of them made it.
 """
 
-import functools
 import math
 import os
 import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dgutils.errors import UserError
+from dgutils.paths import torchrun_ranks
 
 TIMEOUT = 360.0  # minutes that ranks wait for each other: longer than any shard takes
 
@@ -78,32 +78,6 @@ class Group:
             self._talk(torch.distributed.all_reduce, flat)
             for tensor, total in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(total.view_as(tensor))
-
-    def sum_gradients(self, parameters: Iterable, parts: int, backward: Callable[[int], None]) -> None:
-        """Leave in each parameter the gradient that backward(0) ... backward(parts - 1) add up to, dealt to the ranks.
-
-        Each part is one rank's, and they are added in their order, so that the same bits come out however many ranks
-        there are. The optimiser's step after it is every rank's own.
-        """
-        import torch
-
-        parameters = list(parameters)
-        sizes = [parameter.numel() for parameter in parameters]
-        if parts == self.world == 1:
-            for parameter in parameters:
-                parameter.grad = None
-            backward(0)
-            return
-        table = parameters[0].new_zeros(parts, sum(sizes))
-        for part in range(parts)[self.slice(parts)]:
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            backward(part)
-            torch.cat([parameter.grad.reshape(-1) for parameter in parameters], out=table[part])
-        self.sum(table)  # zeros of all ranks but one: nothing is rounded here
-        total = functools.reduce(torch.add, table)
-        for parameter, gradient in zip(parameters, total.split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
 
     def agree(self, value: bool = False) -> bool:
         """What rank 0 said; the others wait for it."""
@@ -209,8 +183,8 @@ def join(timeout: float = TIMEOUT, minutes: float | None = None) -> Iterator[Gro
     Raises UserError if there are more ranks on this machine than GPUs.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    world = torchrun_ranks()
+    if world <= 1:
         with _as(Group(deadline=deadline)) as alone:
             yield alone
         return

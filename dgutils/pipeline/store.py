@@ -38,6 +38,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from tqdm import tqdm
 
 from dgutils.errors import UserError
+from dgutils.paths import cores, inherited
 from dgutils.pipeline import ranks
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -184,17 +185,26 @@ def provenance() -> dict:
     else:
         cpuinfo = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-        device = f"{model[1].strip() if model else platform.machine()}, {os.cpu_count()} cores"
+        device = f"{model[1].strip() if model else platform.machine()}, {cores()} cores"
+    root, refused = Path(__file__).resolve().parents[2], ""
+
     def git(*arguments):
-        command = ["git", "--no-optional-locks", "-C", Path(__file__).parent, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", root, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True,
+                              env=inherited() | {"LC_ALL": "C"}).stdout.strip()  # fmt: skip
 
     try:
+        if not root.samefile(git("rev-parse", "--show-toplevel")):
+            raise FileNotFoundError(root)  # a copy inside another repository
         # What notebooks write beside the code, results and figures, makes no other code.
         code = (":/", ":(top,exclude)report/results", ":(top,exclude)figures")
-        revision = git("rev-parse", "HEAD") + "-dirty" * bool(git("diff", "--name-only", "HEAD", "--", *code))
-    except (OSError, subprocess.CalledProcessError):
-        revision = None
+        revision = git("rev-parse", "HEAD")
+        revision += "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
+    except (OSError, subprocess.CalledProcessError) as error:
+        revision, refused = None, getattr(error, "stderr", "")
+    if "dubious ownership" in refused:
+        log_line(f"git does not tell the code's revision, since {root} belongs to another user: none is recorded; "
+                 f"to mend it: git config --global --add safe.directory {root}")  # fmt: skip
     versions = {name: metadata.version(name) for name in ("torch", "numpy")}
     versions["python"] = platform.python_version()
     return {"device": device, "revision": revision, "versions": versions}

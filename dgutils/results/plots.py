@@ -285,6 +285,29 @@ def fault(sigmas, silent: dict, strength: dict, height: float = 1.75) -> Figure:
     return fig
 
 
+def members_at_level(sigmas, logits, level: int, image, gradients, names):
+    """One image at the noise level of number `level`: the members' logits there and elsewhere, and their gradients.
+
+    logits [M, L]; image and gradients, [C, H, W] and [M, C, H, W], are arrays of any scale: grey is zero, and a
+    gradient's largest pixel is white or black.
+    """
+    fig, (top, bottom) = panels(2, 1, 3.3, height_ratios=(1.6, 1))
+    for i, name in enumerate(names):
+        top.plot(sigmas, logits[i], **style(i), label=name)
+    top.axvline(sigmas[level], color="0.6", linewidth=3, zorder=0)
+    top.axhline(0, color="0.55", linewidth=0.8, linestyle=":")
+    top.set(xscale="log", xlabel=r"noise level $\sigma$", ylabel=r"$\log r$ (nats)")
+    top.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    shown = np.stack([image, *gradients]).transpose(0, 2, 3, 1)
+    largest = np.abs(shown).max((1, 2, 3), keepdims=True)
+    mosaic(bottom, (127.5 * (1 + shown / largest)).astype(np.uint8), len(shown))
+    width = shown.shape[2] + 1
+    words = ["noised image", *(f"{name}\n{logit[level]:+.2f}" for name, logit in zip(names, logits, strict=True))]
+    bottom.set_xticks(np.arange(len(words)) * width + width / 2, words)
+    bottom.tick_params(length=0)
+    return fig
+
+
 def norms_by_step(sigmas, norms: dict, window, height: float = 2.2) -> Figure:
     """Along the trajectory: norm of what guidance adds, name -> [steps, N]; window: its lowest and highest sigma."""
     fig, ax = panels(1, 1, height)
@@ -317,6 +340,16 @@ def schedule(sigmas, vp_times, guided, num_steps, errors):
     axes[2].set(xlabel="steps", ylabel="largest error on a Gaussian", xticks=num_steps, xticklabels=num_steps)
     axes[2].minorticks_off()
     axes[2].legend()
+    return fig
+
+
+def curves(x, named: dict, xlabel: str, ylabel: str, height: float = 1.9):
+    """Some curves over a positive x, on a logarithmic axis: name -> values like x."""
+    fig, ax = panels(1, 1, height)
+    for i, (name, values) in enumerate(named.items()):
+        ax.plot(x, values, **style(i) | {"marker": ""}, label=name)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.legend()
     return fig
 
 
@@ -433,6 +466,23 @@ def log_ratios(by_level: dict):
     axes[0].set_ylabel("share of images")
     axes[0].set_ylim(top=axes[0].get_ylim()[1] * 1.25)
     axes[0].legend(loc="upper left", handlelength=1.4, borderaxespad=0.1)
+    return fig
+
+
+def planes(maps: dict, grid, label: str):
+    """Log-ratios of the 2-D world on one scale, title -> [G, G] on grid^2; nan is left white, the line is zero.
+
+    The twentieth of the values that lies farthest from zero may exceed the scale.
+    """
+    fig, axes = panels(1, len(maps), TEXT_WIDTH / len(maps) + 0.25, sharex=True, sharey=True)
+    top = max(np.nanquantile(np.abs(values), 0.95) for values in maps.values())
+    for ax, (title, values) in zip(axes, maps.items(), strict=True):
+        shown = ax.pcolormesh(grid, grid, values, cmap="PuOr", vmin=-top, vmax=top, rasterized=True)
+        ax.contour(grid, grid, values, levels=[0], colors="0.1", linewidths=0.7)
+        ax.set(title=title, aspect="equal", xlabel="$x_1$")
+        ax.tick_params(labelsize=7)
+    axes[0].set_ylabel("$x_2$")
+    fig.colorbar(shown, ax=axes, label=label, fraction=0.02, extend="both")
     return fig
 
 

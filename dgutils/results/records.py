@@ -181,6 +181,12 @@ def write_if_changed(path: Path, text: str) -> None:
 
 # --- reading
 
+
+def profile_to_report(profile: str | None) -> str:
+    """The profile asked for; else the committed study's; a clone that has not got it yet reports what it ran itself."""
+    complete = [name for name in ("cifar10", "quick") if (results_dir(name) / "06.json").is_file()]
+    return profile or (complete or ["quick"])[0]
+
 @dataclass(frozen=True)
 class Results:
     """What a profile's notebooks recorded, and the published numbers.

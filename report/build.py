@@ -1,17 +1,18 @@
-"""The report: a profile's numbers, tables and provenance as LaTeX, and the build of the PDF."""
+"""`make report`: a profile's numbers, tables and provenance as LaTeX, and the build of the PDF."""
 
+import argparse
 import os
 import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dgutils.errors import UserError
 from dgutils.paths import repo_root
 from dgutils.pipeline.store import write_file
-from dgutils.results import trace
+from dgutils.results import plots, trace
 from dgutils.results.records import (
     Results,
     causes,
@@ -20,6 +21,7 @@ from dgutils.results.records import (
     format_value,
     latex_escape,
     load_results,
+    profile_to_report,
     write_if_changed,
 )
 
@@ -174,11 +176,9 @@ def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | st
 
     Returns why the results are stale, a line each. A key that the text uses and nobody recorded stops LaTeX.
     """
-    from dgutils.results import plots
-
     results, out_dir = load_results(profile, root), Path(out_dir or repo_root() / "report" / "generated").absolute()
     stale = trace.stale(results)
-    lines = ["% Written by dgutils/report.py from the results of one profile; edits are lost.",
+    lines = ["% Written by report/build.py from the results of one profile; edits are lost.",
              rf"\def\dgprofile{{{latex_escape(profile)}}}",
              rf"\def\dgdataset{{{dataset(results)}}}",
              rf"\def\dgwatermark{{{latex_escape(results.watermark)}}}",
@@ -214,8 +214,8 @@ def build(profile: str, mode: str = "preprint", marks: bool = True, strict: bool
     report = repo_root() / "report"
     pretex = rf"\def\dgmode{{{MODES[mode]}}}" + ("" if marks else r"\def\dgoptions{nomarks}")
     out = build_folder(mode, marks)
-    command = ["latexmk", "-pdf", f"-outdir={out}", "-jobname=report", "-interaction=nonstopmode", "-halt-on-error",
-               "-Werror", f"-usepretex={pretex}", "main.tex"]  # fmt: skip
+    command = ["latexmk", "-norc", "-pdf", f"-outdir={out}", "-jobname=report", "-interaction=nonstopmode",
+               "-halt-on-error", "-Werror", f"-usepretex={pretex}", "main.tex"]  # fmt: skip
     try:
         done = subprocess.run(command, cwd=report, capture_output=True, text=True, errors="replace",
                               env=os.environ | {"max_print_line": "500"})  # fmt: skip
@@ -236,3 +236,52 @@ def complaint(log: Path, output: str) -> str:
     errors = re.findall(r"^! .*|^l\.\d.*", text, re.MULTILINE)
     undefined = re.findall(r".*Warning: (?:Citation|Reference) .* undefined.*", text)
     return "\n".join(errors[:2] or undefined[:4] or output.strip().splitlines()[-3:])
+
+
+# --- the command lines of report/*.py
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a script, with the profile among them; what is wrong with them is one line."""
+
+    def __init__(self, module: str, text: str):
+        super().__init__(prog=f"python -m report.{module}", description=text)
+        self.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
+
+    def error(self, message):
+        self.exit(2, f"dgutils: {message} ({self.prog} --help)\n")
+
+
+def script(parser: Parser, run: Callable[[argparse.Namespace], int | None]) -> int:
+    """Run a script; a problem that the user can mend is one line on stderr and exit status 2."""
+    args = parser.parse_args()
+    try:
+        args.profile = profile_to_report(args.profile)
+        return run(args) or 0
+    except UserError as error:
+        print(f"dgutils: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"dgutils: {error.filename}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("dgutils: stopped", file=sys.stderr)
+        return 130
+    return 2
+
+
+def main() -> int:
+    parser = Parser("build", "build report/report.pdf from the results of a profile")
+    parser.add_argument("--mode", default="preprint", help="preprint, final or submission [preprint]")
+    parser.add_argument("--unmarked", action="store_true", help="without the margin marks")
+    parser.add_argument("--strict", action="store_true", help="refuse results older than the code that made them")
+
+    def run(args):
+        path = build(args.profile, args.mode, not args.unmarked, args.strict)
+        print(path.relative_to(repo_root()))
+
+    return script(parser, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,12 +4,14 @@ Every problem is one line that says what and where. Source: the formatting instr
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from pypdf import PdfReader
 
 from dgutils.paths import repo_root
+from report.build import Parser, build, build_folder, script
 
 LETTER = (612, 792)  # points
 CONTENT_PAGES = 8
@@ -140,11 +142,22 @@ def identity_problems(pdf: Path, study: Path) -> list[str]:
 
 def check(profile: str) -> list[str]:
     """Build the report and its anonymous copy from a profile's results; what is wrong with them, a line each."""
-    from dgutils.results.report import build, build_folder
-
     report = repo_root() / "report"
     lines = text_problems(report)
     for mode in ("preprint", "submission"):
         pdf = build(profile, mode)
         lines += [f"{mode}: {line}" for line in build_problems(report / build_folder(mode))] + page_problems(pdf)
     return lines + identity_problems(pdf, report / "study.bib")
+
+
+def main() -> int:
+    def run(args):
+        problems = check(args.profile)
+        print("\n".join(problems) or "the report is in order")
+        return 1 if problems else 0
+
+    return script(Parser("check", "build the report and its anonymous copy; is their form in order?"), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

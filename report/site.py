@@ -1,4 +1,4 @@
-"""The executed notebooks and the report's figures as one static site, which opens from the disk without a network.
+"""`make html`: the executed notebooks and the figures of the report, as a site that opens from disk.
 
 Formulas are MathML, which browsers draw themselves; pictures lie inside the pages or beside them; nothing is a script.
 """
@@ -6,6 +6,7 @@ Formulas are MathML, which browsers draw themselves; pictures lie inside the pag
 import html
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -15,8 +16,8 @@ from pygments.formatters import HtmlFormatter
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir, repo_root, runs_dir
 from dgutils.results.records import SUMMARY, Results, causes, load_results, write_if_changed
-from dgutils.results.report import spaces
 from dgutils.results.trace import revision, stale
+from report.build import Parser, script, spaces
 
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 Georgia, serif; color: #222; }
@@ -63,7 +64,7 @@ def notebook_page(path: Path, profile: str) -> tuple[str, str]:
 
 
 def captions(report: Path, words: dict[str, str] | None = None) -> dict[str, str]:
-    r"""The figures of the report, in its order: \dgfigure's name -> caption as HTML. words: report.spaces."""
+    r"""The figures of the report, in its order: \dgfigure's name -> caption as HTML. words: build.spaces."""
     main = (report / "main.tex").read_text(encoding="utf-8")
     names = re.findall(r"\\input\{(sections/\w+)\}", main)
     texts = [(report / f"{name}.tex").read_text(encoding="utf-8") for name in names]
@@ -121,3 +122,12 @@ def build(profile: str) -> Path:
         f"<footer>{run['date'][:10]}, code {revision(run)}, {html.escape(run['device'])}</footer>"])  # fmt: skip
     write_if_changed(site / "index.html", page("Discriminator guidance, reproduced", body, profile))
     return site / "index.html"
+
+
+def main() -> int:
+    parser = Parser("site", "the executed notebooks and the report's figures as a static site")
+    return script(parser, lambda args: print(build(args.profile).relative_to(repo_root())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
