@@ -25,9 +25,9 @@ from dgutils.noise import keyed_rng, vp_scale, vp_time_to_sigma
 from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
 
 EXTRACTOR = dict(image_size=8, in_channels=1, model_channels=8, out_channels=3, num_res_blocks=0,
-                 attention_resolutions=(), channel_mult=(1,), num_head_channels=8, patch_size=2)
+                 attention_resolutions=(), channel_mult=(1,), num_head_channels=8, patch_size=2, num_group_channels=4)
 HEAD = dict(image_size=4, in_channels=8, model_channels=8, out_channels=1, num_res_blocks=0,
-            attention_resolutions=(), channel_mult=(1,), num_head_channels=8)
+            attention_resolutions=(), channel_mult=(1,), num_head_channels=8, num_group_channels=4)
 
 
 def network(config, seed, dtype=torch.float64):
@@ -125,7 +125,7 @@ class CountingExtractor(nn.Module):
 
 
 PIXEL_HEAD = dict(image_size=1, in_channels=1, model_channels=16, out_channels=1, num_res_blocks=0,
-                  attention_resolutions=(), channel_mult=(1,), num_head_channels=16)
+                  attention_resolutions=(), channel_mult=(1,), num_head_channels=16, num_group_channels=4)
 
 
 def test_logits_are_per_member_from_one_extractor_pass_and_networks_are_frozen():

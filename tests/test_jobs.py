@@ -27,9 +27,10 @@ from dgutils.results import trace
 SCORE = dict(img_resolution=32, img_channels=1, patch_size=4, model_channels=8, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=())  # fmt: skip
 EXTRACTOR = dict(image_size=32, in_channels=1, model_channels=16, out_channels=3, num_res_blocks=1,
-                 attention_resolutions=(), channel_mult=(1, 1), num_head_channels=16, patch_size=4)  # fmt: skip
+                 attention_resolutions=(), channel_mult=(1, 1), num_head_channels=16, patch_size=4,
+                 num_group_channels=4)  # fmt: skip
 HEAD = dict(image_size=4, in_channels=16, model_channels=16, out_channels=1, num_res_blocks=1,
-            attention_resolutions=[1], channel_mult=[1], num_head_channels=16)  # fmt: skip
+            attention_resolutions=[1], channel_mult=[1], num_head_channels=16, num_group_channels=4)  # fmt: skip
 MEMBERS = (MemberConfig("a", 1e-2, 0.0, 2), MemberConfig("b", 1e-3, 1e-7, 1, 0.01))
 
 

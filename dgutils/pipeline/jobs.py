@@ -333,6 +333,8 @@ def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_hea
             num_res_blocks=num_res_blocks, attention_resolutions=[1], channel_mult=[1],
             num_head_channels=num_head_channels,
         )  # fmt: skip
+        if width < 128 or width % 32:  # too narrow for the published 32 groups
+            head["num_group_channels"] = 4
         EncoderUNet(**head)  # says what does not fit
     return head
 
