@@ -229,11 +229,11 @@ def test_networks_of_another_architecture_or_name(load, message):
 # --- the command line
 
 COMMANDS = {
-    "no command": ([], "arguments are required: command"),
-    "unknown command": (["reproduse"], "invalid choice: 'reproduse'"),
-    "unknown option": (["reproduce", "--profil=quick", "--fast"], "unrecognized arguments: --fast"),
+    "no command": ([], "Missing command"),
+    "unknown command": (["reproduse"], "No such command 'reproduse'. Did you mean 'reproduce'"),
+    "unknown option": (["reproduce", "--fast"], "No such option '--fast'"),
     "unknown profile": (["reproduce", "--profile", "quik"], "unknown profile quik: there are"),
-    "profile that is a path": (["reproduce", "--profile", "../profiles/quick"], "unknown profile"),
+    "profile that is a path": (["reproduce", "--profile", "../profiles/quick"], "profile '../profiles/quick': a name is one word"),
     "unknown notebook": (["reproduce", "--only", "09"], "no notebook begins with 09"),
     "unknown parameter": (["reproduce", "--set", "num_stepz=3"], "did you mean num_steps"),
     "parameter without value": (["reproduce", "--set", "num_steps"], "--set num_steps: write name=value"),
@@ -244,13 +244,23 @@ COMMANDS = {
     "fraction for an integer": (["reproduce", "--set", "num_steps=2.5"], "must be int"),
     "parameter that is NaN": (["reproduce", "--set", "sigma_max=nan"], "sigma_max in --set is .*nan"),
     "profile among the parameters": (["reproduce", "--set", "profile=paper"], "choose it with --profile only"),
-    "time-out in words": (["reproduce", "--cell-timeout", "long"], "invalid int value: 'long'"),
+    "time-out in words": (["reproduce", "--cell-timeout", "long"], "'long' is not a valid integer"),
     "negative time-out": (["reproduce", "--cell-timeout", "-1"], "--cell-timeout -1: give seconds"),
-    "report of nothing": (["report", "--profile", "smoke"], "no results of profile smoke in .*make reproduce PROFILE=smoke"),
+    "trace of nothing": (["trace", "fd", "--profile", "smoke"], "no results of profile smoke in .*make reproduce PROFILE=smoke"),
     "recipe that there is not": (["train-score", "imagenet"], "no recipe 'imagenet' .*there are"),
     "nothing to export": (["train-score", "fashion-mnist-edm", "--export", "--out", "{tmp}"], "nothing to export"),
     "folder that is a file": (["train-extractor", "fashion-mnist-adm", "--out", "{tmp}/file"], "{tmp}/file"),
-    "threads in words": (["train-score", "fashion-mnist-edm", "--threads", "all"], "invalid int value: 'all'"),
+    "threads in words": (["train-score", "fashion-mnist-edm", "--threads", "all"], "'all' is not a valid integer"),
+    "profile that is a folder of somebody": (["trace", "fd", "--profile", "/"], "profile '/': a name is one word"),
+    "profile with results below": (["trace", "fd", "--profile", "../results/cifar10"], "a name is one word of a-z, 0-9"),
+    "profile of two words": (["plan", "--profile", "my profile"], "a name is one word"),
+    "empty profile": (["keep", "--profile", ""], "a name is one word"),
+    "minutes that are no number": (["work", "--timeout", "nan"], "give minutes, more than 0"),
+    "no minutes": (["train-score", "fashion-mnist-edm", "--minutes", "0"], "give minutes, more than 0"),
+    "no ranks": (["work", "--nproc", "0"], "start at least 1 rank"),
+    "no file to inspect": (["inspect"], "Missing argument 'FILE...'"),
+    "file that is not there": (["inspect", "{tmp}/x.pkl"], "no file {tmp}/x.pkl"),
+    "one argument too many": (["trace", "fd", "kid"], "unexpected extra argument"),
     "doctor of an unknown profile": (["doctor", "--profile", "quik"], "unknown profile quik"),
 }  # fmt: skip
 
@@ -261,10 +271,7 @@ def test_bad_command_is_one_line_and_exit_status_2(arguments, message, capsys, t
         (tmp_path / name).symlink_to(pretrain.ASSETS.parent.parent / name)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
-    try:
-        status = __main__.main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
-    except SystemExit as stop:  # argparse's way
-        status = stop.code
+    status = __main__.main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and error.startswith("dgutils: "), error
     assert re.search(message.replace("{tmp}", str(tmp_path)), error), error

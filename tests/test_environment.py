@@ -69,9 +69,27 @@ def test_pyproject_names_what_is_pinned():
     assert project["project"]["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
+def test_the_container_has_what_setup_would_install():
+    text = re.sub(r"\\\n", " ", (ROOT / "Dockerfile").read_text())
+    given = set(re.search(r"--no-install-recommends (.*?) &&", text)[1].split())
+    setup = (ROOT / "dgutils/setup.sh").read_text()
+    wanted = {name for line in re.findall(r"apt_install ([^|&]*)|packages='([^']*)'", setup) for name in " ".join(line).split()}
+    assert wanted - {"$packages", "||"} <= given and {"git", "make"} <= given
+    for source in re.findall(r"^COPY (.*) \S+$", text, re.M):
+        assert all((ROOT / name).exists() for name in source.split())
+
+
+def test_citation_agrees_with_the_package():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {key: cited[key] for key in ("version", "license", "keywords")} == {key: project[key] for key in ("version", "license", "keywords")}
+    assert cited["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= cited.keys()
+    assert f"## {project['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_no_package_index_is_named():
     for name in ("requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "dgutils/setup.sh"):
-        assert not re.search(r"https?://|index-url|find-links", (ROOT / name).read_text()), name
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links", (ROOT / name).read_text()), name
 
 
 @pytest.fixture

@@ -84,10 +84,11 @@ def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTAR
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else they find dead ranks (PyTorch issue 135712)
+    # The ranks meet on the loopback device: a machine need not be able to resolve its own name.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as logs:
         logging.disable()  # what torchrun would tell in many lines we tell in one
         try:
-            # The ranks are on this machine, which need not be able to resolve its own name.
             run(parse_args(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}",
                             f"--max-restarts={max_restarts}", f"--log-dir={logs}", *command]))  # fmt: skip
         except ChildFailedError as error:
