@@ -13,7 +13,8 @@ import gpu_check
 import torch
 
 from dgutils.cli import plan
-from dgutils.pipeline import jobs, notebooks
+from dgutils.pipeline import jobs
+from dgutils.pipeline.work import Declared
 
 SCRIPT = Path(gpu_check.__file__)
 
