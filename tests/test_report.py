@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 import nbformat
@@ -131,8 +130,7 @@ def test_every_source_of_the_list_is_cited():
 
 def test_settings_of_a_run_are_recorded(tmp_path):
     recorder = Recorder("quick", "01_fake_samples", tmp_path)
-    recorder.settings(SimpleNamespace(num_steps=18, sigma_max=80.0, min_time=1e-5, boosting="none", epochs=[60, 40],
-                                      watermark=""))  # fmt: skip
+    recorder.settings(dict(num_steps=18, sigma_max=80.0, min_time=1e-5, boosting="none", epochs=[60, 40], watermark=""))
     recorder.write()
     loaded = load_results("quick", tmp_path)
     assert {key: loaded.text(key) for key in recorder.records} == {

@@ -135,6 +135,8 @@ class Parameters(BaseModel):
                 raise UserError(f"{low} {getattr(self, low):g} is not below {high} {getattr(self, high):g}")
         if self.shard_size % self.batch_size:
             raise UserError(f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
+        if "wrong_file" in self.ladder and len(self.member_names) < 4:
+            raise UserError("the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
         for name in ("member_names", "feature_spaces", "ladder", "variants"):
             if len(set(values := getattr(self, name))) < len(values):
                 raise UserError(f"{name} has {max(values, key=values.count)} twice")

@@ -82,7 +82,7 @@ class Recorder:
 
     def settings(self, parameters: Any) -> None:
         """Record the parameters of a run under settings.<name>, lists as their items."""
-        for name, value in parameters:
+        for name, value in dict(parameters).items():
             if isinstance(value, int | float | str | list):
                 self.record(f"settings.{name}", value if type(value) is int else setting_text(value),
                             label=f"parameter {name}", cell="parameters")
