@@ -142,7 +142,8 @@ def test_list_has_a_line_for_each_thing_and_its_status_says_whether_all_is_there
 
 
 def test_it_starts_on_a_python_without_packages():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dgutils.cli import doctor\nsys.exit(doctor.run('quick'))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" \
+           "from dgutils.cli import doctor\nsys.exit(doctor.run('quick'))"  # fmt: skip
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == ""
     assert "MISSING  packages" in result.stdout and "absent instead of" in result.stdout

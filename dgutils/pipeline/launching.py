@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import cores, torchrun_ranks
+from dgutils.paths import cores
 from dgutils.pipeline.ranks import LostContact, first_line
 
 MAX_RESTARTS = 3  # of the group, before a failure counts
@@ -36,7 +36,8 @@ def reporting() -> Iterator[None]:
     with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
     exception"), and a rank that had done its work would count as failed.
     """
-    if not (torchrun_ranks() and os.environ.get("TORCHELASTIC_ERROR_FILE")):
+    theirs = ("RANK", *(f"TORCHELASTIC_{name}" for name in ("ERROR_FILE", "RESTART_COUNT", "MAX_RESTARTS")))
+    if not all(map(os.environ.get, theirs)):
         yield
         return
     file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
