@@ -72,18 +72,12 @@ def _fetch(args):
 def _inspect(args):
     from dgutils.networks.inspection import inspect
 
+    refused = False
     for file in args.file:
-        print("\n".join(inspect(Path(file))))
-
-
-def _stand_ins(args):
-    from dgutils.networks import weights
-    from dgutils.networks.standins import write_stand_ins
-    from dgutils.pipeline.notebooks import every_parameter
-
-    folder = weights.weights_dir()
-    write_stand_ins(folder, weights.mentioned(every_parameter(args.profile)))
-    print(f"{folder}: random stand-ins for the published weights")
+        lines = inspect(Path(file))
+        refused |= lines[-1].startswith("REFUSED")
+        print("\n".join(lines))
+    return 2 if refused else 0
 
 
 def _doctor(args):
@@ -183,8 +177,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", nargs="*", help="only these files of dgutils/assets/registry.yaml")
     sub = command("inspect", _inspect, "what a checkpoint file holds; nothing in it is executed")
     sub.add_argument("file", nargs="+")
-    command("stand-ins", _stand_ins, "write random stand-ins for a profile's published weights to $DGUTILS_WEIGHTS",
-            "rehearsal")  # fmt: skip
     command("doctor", _doctor, "is everything here that a profile needs?", "quick")
 
     report = command("report", _report, "build report/report.pdf from the results of a profile")
