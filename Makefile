@@ -48,7 +48,7 @@ fetch: .venv/.complete  ## download the weights of PROFILE=paper (default): the 
 
 # In a folder of weights of its own, so that no real run ever sees the stand-ins.
 rehearse: .venv/.complete  ## the paper profile at its full architectures, random weights, a handful of images: does it run?
-	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) -m dgutils stand-ins --profile rehearsal
+	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) tests/standins.py rehearsal
 	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) -m dgutils reproduce --profile rehearsal $(SETS)
 	@sh dgutils/setup.sh tex
 	@$(RUN) -m report.build --profile rehearsal

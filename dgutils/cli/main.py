@@ -134,18 +134,6 @@ def inspect(file):
 
 
 @command
-@_profile("rehearsal")
-def stand_ins(profile):
-    """Write random stand-ins for a profile's published weights to $DGUTILS_WEIGHTS."""
-    from dgutils.networks import weights
-    from dgutils.networks.standins import write_stand_ins
-    from dgutils.pipeline.parameters import load
-
-    write_stand_ins(weights.weights_dir(), weights.mentioned(load(profile).model_dump()))
-    print(f"{weights.weights_dir()}: random stand-ins for the published weights")
-
-
-@command
 @_profile("quick")
 def doctor(profile):
     """Say whether everything is here that a profile needs."""
