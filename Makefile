@@ -61,7 +61,7 @@ html: .venv/.complete  ## executed notebooks and figures as a site to open from 
 	@$(PY) -m report.site $(if $(PROFILE),--profile $(PROFILE))
 
 trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
-	@$(PY) -m dgutils trace $(KEY) $(if $(PROFILE),--profile $(PROFILE))
+	@$(PY) -m report.trace $(KEY) $(if $(PROFILE),--profile $(PROFILE))
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it
 	@sh dgutils/setup.sh data

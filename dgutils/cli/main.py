@@ -92,13 +92,6 @@ def _doctor(args):
     return run(args.profile)
 
 
-def _trace(args):
-    from dgutils.results.records import load_results, profile_to_report
-    from dgutils.results.trace import describe
-
-    print(describe(load_results(profile_to_report(args.profile)), args.key))
-
-
 def _keep(args):
     from dgutils.results.records import keep
 
@@ -160,9 +153,6 @@ def _parser() -> argparse.ArgumentParser:
             "rehearsal")  # fmt: skip
     command("doctor", _doctor, "is everything here that a profile needs?", "quick")
 
-    trace = command("trace", _trace, "where a number, figure or table of the report comes from")
-    trace.add_argument("key", help="as in \\res{key}; figure:NN_slug; table:name")
-    trace.add_argument("--profile", help="whose results [cifar10 if there are any, else quick]")
     for name, what in (("train-score", "score network"), ("train-extractor", "feature extractor")):
         sub = command(name, _train, f"train the {what} of a recipe in dgutils/assets; resumes")
         sub.add_argument("name", help="the recipe: dgutils/assets/NAME.yaml")
