@@ -7,9 +7,10 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
 from dgutils.pipeline.store import write_file
-from dgutils.results.plots import COLOURS, TEXT_WIDTH
+from dgutils.results.plots import COLOURS, TEXT_WIDTH, look
 
 
+@look()
 def save(fig: Figure, path) -> None:
     """Write a figure that shows no result, as a PDF without a date; the file stays if it is the same."""
     buffer = io.BytesIO()
@@ -18,6 +19,7 @@ def save(fig: Figure, path) -> None:
         write_file(path, buffer.getvalue())
 
 
+@look()
 def method() -> Figure:
     """How discriminators are trained, and what they add to a step of the sampler. It shows no result."""
     width, height, net, added = TEXT_WIDTH, 1.9, "0.9", COLOURS[1]

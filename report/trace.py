@@ -1,4 +1,4 @@
-"""`make trace`: where a number, figure or table of the report comes from, and whether its code and inputs are still those.
+"""`make trace`: where a number, figure or table of the report comes from, and whether code and inputs are still those.
 
 The margin marks and the last appendix of the report say the same (`origin`).
 """

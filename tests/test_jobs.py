@@ -21,8 +21,8 @@ from dgutils.networks.edm import Denoiser
 from dgutils.pipeline import jobs
 from dgutils.pipeline import store as store_module
 from dgutils.pipeline.store import Store
-from dgutils.results import records as results
 from dgutils.results import provenance
+from dgutils.results import records as results
 
 SCORE = dict(img_resolution=32, img_channels=1, patch_size=4, model_channels=8, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=())  # fmt: skip

@@ -225,10 +225,9 @@ class Ledger(Recorder):
         for slot, space in self.spaces.items():
             for key in (key for key in keys if f"{key}.{slot}.kid_change" in self.records):
                 subject, baseline = self.compared[key]
-                parts = [f"{title} {'of ' + subject + ' ' if score == 'kid' else ''}is **{direction(*change['interval'])}"
-                         f"** that of {baseline} (change {format_value(change)})"
-                         for score, (title, _) in reversed(SCORES.items())
-                         if (change := self.records.get(f"{key}.{slot}.{score}_change"))]  # fmt: skip
+                parts = [f"{title} is **{direction(*by['interval'])}** that of {baseline} (change {format_value(by)})"
+                         for score, title in (("kid", f"KID x 1000 of {subject}"), ("fd", "FD"))
+                         if (by := self.records.get(f"{key}.{slot}.{score}_change"))]  # fmt: skip
                 lines.append(f"**{space}**: {'; '.join(parts)}.")
         return lines
 
@@ -241,7 +240,8 @@ class Ledger(Recorder):
 
     def words(self, *keys: str, scores=("kid",)) -> set[str]:
         """The different words for recorded changes, in all feature spaces."""
-        return {self.text(f"{key}.{slot}.{score}_direction") for key in keys for slot in self.spaces for score in scores}
+        return {self.text(f"{key}.{slot}.{score}_direction")
+                for key in keys for slot in self.spaces for score in scores}  # fmt: skip
 
     # --- claims
 
@@ -258,9 +258,9 @@ class Ledger(Recorder):
         verdicts = {}
         if arm is not None:
             self.change(f"claim.{key}", arm, baseline, section, only=["kid"])
-            for slot, scores in arm.items():
+            for slot in arm:
                 verdicts[slot] = verdict(sign, *self.records[f"claim.{key}.{slot}.kid_change"]["interval"])
-            trainings = paired(scores, scores)
+            trainings = paired(arm["first"], baseline["first"])
             self.value(f"claim.{key}.n", trainings[0][0].arm.n, f"{text}: n", section)
             self.value(f"claim.{key}.trainings", len(trainings), f"{text}: trainings", section)
         word = summary(list(verdicts.values()))

@@ -286,7 +286,7 @@ def causes(results: Results, slot: str, latex: bool = False) -> dict[str, str]:
     """
     rows = [row for row in results.tables.get("ladder", {}).get("rows", []) if ".only_" in (row[1] or "")]
     names = {row[1].split(".")[1].removeprefix("only_"): row[0].removeprefix("only: ") for row in rows}
-    rungs = dict(zip(names, [*(f"without_{fault}" for fault in list(names)[:-1]), "correct"], strict=True))
+    rungs = dict(zip(names, [*(f"without_{fault}" for fault in list(names)[:-1]), "correct"], strict=False))
 
     def told(fault: str, record: dict | None = None) -> str:
         name = latex_escape(names[fault]) if latex else names[fault]
