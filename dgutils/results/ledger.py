@@ -135,16 +135,17 @@ class Ledger(Recorder):
                 self.value(f"{key}.{slot}.{name}", value, f"{name} {where}", digits=3, **about)
 
     def change(self, key: str, arm: BySpace, baseline: BySpace, section: str, only=tuple(SCORES),
-               spread: bool = False) -> None:  # fmt: skip
+               words: tuple[str, str] | None = None, spread: bool = False) -> None:  # fmt: skip
         """Record arm less baseline in each feature space, paired: <key>.<space>.kid_change and .fd_change.
 
-        only: the scores of interest. spread: of several trainings, each one's change of KID, and standard deviations.
+        only: the scores of interest. words: what sentences call the two (default: their labels). spread: of several
+        trainings, each one's change of KID, and standard deviations.
         """
         for slot in arm:
             pairs = paired(arm[slot], baseline[slot])
             names = tuple(scores.arm.label.partition(", training")[0] for scores in pairs[0])
             digests = [digest for pair in pairs for scores in pair for digest in scores.digest.split("+")]
-            one, self.compared[key] = pairs[0][0], names
+            one, self.compared[key] = pairs[0][0], words or names
             about = dict(section=section, n=one.arm.n, seeds=one.arm.seeds, artifacts=list(dict.fromkeys(digests)))
             for score in only:
                 interval, values = changes(arm[slot], baseline[slot], score)
