@@ -71,7 +71,7 @@ html: .venv/.complete  ## executed notebooks and figures as a site to open from 
 	@$(RUN) -m report.site $(profile_if_given)
 
 trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
-	@$(PY) -m dgutils trace $(profile_if_given) -- $(call q,$(value KEY))
+	@$(RUN) -m report.trace $(profile_if_given) -- $(call q,$(value KEY))
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it
 	@sh dgutils/setup.sh data

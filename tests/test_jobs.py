@@ -21,8 +21,8 @@ from dgutils.networks.edm import Denoiser
 from dgutils.pipeline import jobs
 from dgutils.pipeline import store as store_module
 from dgutils.pipeline.store import Store
+from dgutils.results import provenance
 from dgutils.results import records as results
-from dgutils.results import trace
 
 SCORE = dict(img_resolution=32, img_channels=1, patch_size=4, model_channels=8, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=())  # fmt: skip
@@ -203,7 +203,7 @@ def test_scores_that_are_kept_need_no_images(kept, capsys):
     assert (again.fd.value, again.kid.value, again.manifold) == (kept[1].fd.value, kept[1].kid.value, kept[1].manifold)
     assert np.array_equal(again.kid.draws, kept[1].kid.draws)
     assert not store.root.exists() and "kept in" in capsys.readouterr().err
-    made = trace.lineage("smoke", [again.digest])  # down to the networks
+    made = provenance.lineage("smoke", [again.digest])  # down to the networks
     assert {entry.get("step") for entry in made.values()} == {"evaluate", "generate", "train", None}
     assert {"tiny"} <= {entry["label"] for entry in made.values()}
     other = jobs.evaluate(store, guided_arm(store), real, "tiny", 21)  # another score is not kept: all is made

@@ -143,17 +143,6 @@ def doctor(profile):
 
 
 @command
-@click.argument("key")
-@_profile(None, "Whose results [cifar10 if there are any, else quick].")
-def trace(key, profile):
-    r"""Say where a number, figure or table comes from: KEY as in \res{KEY}, figure:NN_slug or table:name."""
-    from dgutils.results.records import load_results, profile_to_report
-    from dgutils.results.trace import describe
-
-    print(describe(load_results(profile_to_report(profile)), key))
-
-
-@command
 @click.argument("name")
 @click.option("--out", type=Path, help="Folder of checkpoint and result [runs/networks].")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all].")

@@ -519,7 +519,7 @@ KEPT = "kept/scores.json"  # below a profile's results
 def read_kept(path: Path) -> dict[str, dict]:
     """The scores that a results folder keeps, so that a study goes on where another machine left it.
 
-    {"scores": digest of the artifact -> its scores, "lineage": as of `trace.lineage`}, both empty without the file.
+    {"scores": digest of the artifact -> its scores, "lineage": as of `provenance.lineage`}, both empty without it.
     Raises UserError if it is damaged.
     """
     try:
