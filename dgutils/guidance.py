@@ -5,17 +5,14 @@ by D = x + sigma^2 score that is one line on denoisers:  D_guided = D + w sigma^
 """
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from dgutils.errors import UserError
 from dgutils.noise import sigma_to_vp_time, vp_scale
 from dgutils.sampler import Churn, Denoise, NotFinite, autocast
-
-# Boosting (DG section 4.3): (period, phase) of the steps with extra noise, and of those with doubled guidance.
-# "released" is the authors' code; "paper" is their text, every odd denoising step for both.
-BOOSTING = {"none": None, "released": ((5, 0), (2, 0)), "paper": ((2, 1), (2, 1))}
-BOOST_CHURN, BOOST_NOISE, BOOST_FACTOR = 4.0, 1.0, 2.0
 
 # What is differentiated. "clipped": the authors clip the probability to [1e-5, 1 - 1e-5] before the log-odds, which
 # in the logit is a clamp: no gradient, hence no guidance, where the discriminator is surer than that.
@@ -40,8 +37,8 @@ def grad_log_density_ratio(ensemble, x: torch.Tensor, sigma: torch.Tensor, preci
     return grad.double() * scale, ratio.detach().double()
 
 
-def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boosting, log_ratio):
-    """Raises UserError unless these settings of `GuidedDenoiser` are known names and possible numbers."""
+def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boosting="none", log_ratio="logit"):
+    """Raises UserError unless these settings of a guided denoiser and its boosting are known or possible."""
     if log_ratio not in LOG_RATIOS:
         raise UserError(f"unknown log_ratio '{log_ratio}'; choose one of {', '.join(LOG_RATIOS)}")
     if boosting not in BOOSTING:
@@ -53,24 +50,25 @@ def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boost
 
 
 class GuidedDenoiser:
-    """A denoiser with discriminator guidance (report, eq:guided), for `edm_sampler`; use its `churn` too when boosting.
+    """A denoiser with discriminator guidance (report, eq:guided), for `edm_sampler`.
 
     denoise: the unguided denoiser; ensemble: has log_density_ratio(x_vp, vp_time), and class labels as a third
     argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor, weight_2nd_order on
     the Heun corrector.
     time_min, time_max: VP times outside of which there is no guidance, image by image (the authors' code asks the
-    batch's least time, which differs only while boosting). boosting: a name of `BOOSTING`.
+    batch's least time, which differs only while boosting).
     log_ratio: a name of `LOG_RATIOS`. Raises UserError for unknown names and bad windows.
     `last_log_ratio` [N] and `last_guidance` [N, C, H, W] keep the newest predictor's values for inspection.
     """
 
+    churn = None  # of its own it adds no noise: the sampler's settings hold
+
     def __init__(self, denoise: Denoise, ensemble, weight_1st_order=2.0, weight_2nd_order=0.0,
-                 time_min=0.01, time_max=1.0, boosting="none", precision="float32", log_ratio="logit",
-                 class_labels=None):  # fmt: skip
-        check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boosting, log_ratio)
+                 time_min=0.01, time_max=1.0, precision="float32", log_ratio="logit", class_labels=None):  # fmt: skip
+        check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, log_ratio=log_ratio)
         self.denoise, self.ensemble, self.precision = denoise, ensemble, precision
         self.weights = {1: weight_1st_order, 2: weight_2nd_order}
-        self.time_min, self.time_max, self.boosting = time_min, time_max, BOOSTING[boosting]
+        self.time_min, self.time_max = time_min, time_max
         self.log_ratio, self.class_labels = log_ratio, class_labels
         self.last_log_ratio = self.last_guidance = None
 
@@ -81,30 +79,67 @@ class GuidedDenoiser:
         """w sigma^2 grad log r, [N, C, H, W]: what guidance adds to the denoised image. Zero outside the window."""
         vp_time = sigma_to_vp_time(sigma)
         inside = (vp_time >= self.time_min) & (vp_time <= self.time_max)
-        if not self.weights[order] or not inside.any():
-            if order == 1:
-                self.last_log_ratio, self.last_guidance = None, torch.zeros_like(x)
-            return torch.zeros_like(x)
-        grad, log_ratio = grad_log_density_ratio(self.ensemble, x, sigma, self.precision, self.class_labels,
-                                                 self.log_ratio)  # fmt: skip
-        bad = ~torch.isfinite(grad).flatten(1).all(1) & inside
-        if bad.any():
-            raise NotFinite("the guidance", bad)
-        factor = self.weights[order] * sigma**2 * inside
-        if order == 1:
-            # Outside the window nothing is known of a sample, which counts as "not in need" (as released).
+        log_ratio, guidance = torch.full_like(sigma, torch.inf), torch.zeros_like(x)
+        if self.weights[order] and inside.any():
+            grad, log_ratio = grad_log_density_ratio(self.ensemble, x, sigma, self.precision, self.class_labels,
+                                                     self.log_ratio)  # fmt: skip
+            bad = ~torch.isfinite(grad).flatten(1).all(1) & inside
+            if bad.any():
+                raise NotFinite("the guidance", bad)
+            guidance = (self.weights[order] * sigma**2 * inside)[:, None, None, None] * grad
+            # Outside the window nothing is known of an image, which counts as "not in need" (as released).
             log_ratio = torch.where(inside, log_ratio, torch.inf)
-            if self.boosting and step % self.boosting[1][0] == self.boosting[1][1]:
-                factor = torch.where(log_ratio < 0, BOOST_FACTOR * factor, factor)
-        guidance = factor[:, None, None, None] * grad
         if order == 1:
             self.last_log_ratio, self.last_guidance = log_ratio, guidance
         return guidance
 
+
+@dataclass
+class Boosted:
+    """Boosting around a guided denoiser (DG section 4.3): images in need, whose last log r was negative, get more.
+
+    Before steps whose number is churn_phase modulo churn_period, s_churn and s_noise take the place of the sampler's;
+    in steps of guide_phase modulo guide_period the predictor's guidance is multiplied by `factor`. `edm_sampler` takes
+    it as the denoiser, and its `churn` as churn.
+    """
+
+    guided: GuidedDenoiser
+    churn_period: int
+    churn_phase: int
+    guide_period: int
+    guide_phase: int
+    s_churn: float = 4.0
+    s_noise: float = 1.0
+    factor: float = 2.0
+
+    def __call__(self, x, sigma, step, order):
+        return self.guided.denoise(x, sigma, step, order) + self.guidance(x, sigma, step, order)
+
+    def guidance(self, x, sigma, step, order):
+        """What is added to the denoised image, as of `GuidedDenoiser`."""
+        guidance = self.guided.guidance(x, sigma, step, order)
+        if order == 1 and step % self.guide_period == self.guide_phase:
+            in_need = (self.guided.last_log_ratio < 0)[:, None, None, None]
+            guidance = self.guided.last_guidance = torch.where(in_need, self.factor * guidance, guidance)
+        return guidance
+
+    @property
+    def last_guidance(self):
+        """As of `GuidedDenoiser`, boosted."""
+        return self.guided.last_guidance
+
     def churn(self, step: int, base: Churn) -> Churn:
-        """Boosting's churn for `edm_sampler`: on boosted steps, its own where the previous log r was negative."""
-        if self.boosting is None or self.last_log_ratio is None or step % self.boosting[0][0] != self.boosting[0][1]:
+        """S_churn and S_noise of each image, [N] both, where `base` is what they would be without boosting."""
+        if self.guided.last_log_ratio is None or step % self.churn_period != self.churn_phase:
             return base
-        in_need = self.last_log_ratio < 0
-        return tuple(torch.where(in_need, boosted, usual)
-                     for boosted, usual in zip((BOOST_CHURN, BOOST_NOISE), base, strict=True))  # fmt: skip
+        in_need = self.guided.last_log_ratio < 0
+        return torch.where(in_need, self.s_churn, base[0]), torch.where(in_need, self.s_noise, base[1])
+
+
+# What puts boosting around a guided denoiser. "released" is the authors' code; "paper" is their text, every odd
+# denoising step for both.
+BOOSTING = {
+    "none": lambda guided: guided,
+    "released": partial(Boosted, churn_period=5, churn_phase=0, guide_period=2, guide_phase=0),
+    "paper": partial(Boosted, churn_period=2, churn_phase=1, guide_period=2, guide_phase=1),
+}

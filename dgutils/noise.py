@@ -3,7 +3,7 @@
 Two clocks describe the same noise. EDM measures it by `sigma`, the standard deviation added to clean data
 (Karras et al. 2022); the discriminator was built for the variance-preserving (VP) process and measures it by
 `vp_time`, tau in [0, 1] (Song et al. 2021, beta_min 0.1, beta_max 20). Everything here is float64: the authors'
-sampler lost noise levels to float32 and returned NaN (FACTS, section 5).
+sampler lost noise levels to float32 and returned NaN.
 """
 
 import math
@@ -14,6 +14,9 @@ import torch
 from dgutils.errors import UserError
 
 BETA_MIN, BETA_MAX = 0.1, 20.0
+
+# Third word of `keyed_rng`'s key: the use that a stream of random numbers serves; the sampler's is 0.
+TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5
 
 
 def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):

@@ -103,7 +103,7 @@ def edm_sampler(
 
     noise: one stream per image; sigmas: float64 [num_steps + 1] decreasing to 0 (`karras_sigmas`).
     s_churn, s_noise inside [s_min, s_max]: the base churn. churn(step, (S_churn [N], S_noise [N])): what replaces
-    it, image by image (boosting). round_sigma: to the noise levels that the network knows.
+    it, image by image. round_sigma: to the noise levels that the network knows.
     Raises UserError, naming step, sigma and seeds, if an image stops being finite.
     """
     num_steps = len(sigmas) - 1

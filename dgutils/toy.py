@@ -73,9 +73,13 @@ MODEL = Mixture((0.2, 0.2, 0.3, 0.3), ((0.5, 0.7), (-0.5, 0.4), (-0.6, -0.4), (0
 
 
 def sample(denoise, n: int, num_steps: int, first_seed: int = 0) -> np.ndarray:
-    """Points [n, 2] of seeds first_seed ... first_seed + n - 1, by the study's sampler and EDM's schedule."""
+    """Points [n, 2] of seeds first_seed ... first_seed + n - 1, by the study's sampler and EDM's schedule.
+
+    A guided denoiser's own churn, which boosts, is used.
+    """
     noise = PerSampleNoise(range(first_seed, first_seed + n), (2, 1, 1))
-    return edm_sampler(denoise, noise, karras_sigmas(num_steps)).flatten(1).numpy()
+    churn = getattr(denoise, "churn", None)
+    return edm_sampler(denoise, noise, karras_sigmas(num_steps), churn=churn).flatten(1).numpy()
 
 
 class EnergyReference:

@@ -16,8 +16,8 @@ from pygments.formatters import HtmlFormatter
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir, repo_root, runs_dir
 from dgutils.results.records import SUMMARY, Results, causes, load_results, write_if_changed
-from dgutils.results.trace import revision, stale
 from report.build import Parser, script, spaces
+from report.trace import revision, stale
 
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 Georgia, serif; color: #222; }

@@ -28,17 +28,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dgutils import datasets
-from dgutils.discriminator import Ensemble, MemberConfig, init_head, perturb, train_discriminators
+from dgutils.discriminator import Ensemble, MemberConfig, perturb
 from dgutils.errors import UserError
 from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio
 from dgutils.networks import checkpoints
-from dgutils.networks.adm import AttentionBlock, EncoderUNet, Stem
+from dgutils.networks.adm import AttentionBlock, EncoderUNet, Stem, init_head
 from dgutils.networks.edm import Denoiser, UNetBlock
 from dgutils.noise import PerSampleNoise, karras_sigmas, keyed_rng, sigma_to_vp_time, vp_scale
 from dgutils.paths import repo_root
 from dgutils.pipeline import jobs
 from dgutils.pipeline.store import Store, provenance, write_file
 from dgutils.sampler import edm_sampler, network_denoiser
+from dgutils.training import Split, TrainingSettings, train_discriminators
 
 RUNS = 5
 # name -> score network, extractor, head's width, blocks and attention channels, images at once, steps
@@ -177,8 +178,8 @@ def _heads(extractor_name: str, width: int, blocks: int, channels: int, count: i
 
 def _guided(score, extractor, heads, precision):
     ensemble = Ensemble(extractor, heads, "mean_probability").to(jobs.device())
-    return GuidedDenoiser(network_denoiser(score, precision), ensemble, WEIGHT, 0.0, TIME_MIN, TIME_MAX, "none",
-                          precision, "clipped")  # fmt: skip
+    return GuidedDenoiser(network_denoiser(score, precision), ensemble, WEIGHT, 0.0, TIME_MIN, TIME_MAX, precision,
+                          "clipped")  # fmt: skip
 
 
 def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
@@ -220,7 +221,7 @@ def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
 def training(names, runs: int, images: int) -> list:
     """An epoch of six members, their minimum times included, against an epoch of one."""
     rows, times = [], (1e-5, 1e-5, 1e-2, 1e-3, 1e-3, 1e-5)
-    members = [MemberConfig(f"D{i}", 1e-4, 0.0, 1, t) for i, t in enumerate(times)]
+    members = tuple(MemberConfig(f"D{i}", 1e-4, 0.0, 1, t) for i, t in enumerate(times))
     for name in names:
         score_name, extractor_name, *head, _, _ = SIZES[name]
         extractor = _load(extractor_name, "extractor")
@@ -231,8 +232,9 @@ def training(names, runs: int, images: int) -> list:
 
         def train(count, extractor=extractor, config=config, pixels=pixels, labels=labels):
             batch = min(128, len(pixels))
-            train_discriminators(extractor, config, pixels, labels, pixels[:batch], labels[:batch], members[:count],
-                                 batch, 0, jobs.resolve_precision("auto"))  # fmt: skip
+            settings = TrainingSettings(members[:count], batch, precision=jobs.resolve_precision("auto"))
+            train_discriminators(extractor, partial(init_head, config, 0), Split(pixels, labels),
+                                 Split(pixels[:batch], labels[:batch]), settings)  # fmt: skip
 
         took = seconds({"one": partial(train, 1), "six": partial(train, 6)}, runs, f"training, {name}")
         rows.append([name, many, f"{took['one']:.2f}", f"{took['six']:.2f}", f"{took['six'] / took['one']:.2f}"])

@@ -14,12 +14,10 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,14 +51,15 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from dgutils import datasets  # noqa: E402
-from dgutils.discriminator import TABLE_1, Ensemble, train_discriminators  # noqa: E402
-from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio  # noqa: E402
+from dgutils.discriminator import TABLE_1, Ensemble  # noqa: E402
+from dgutils.guidance import BOOSTING, GuidedDenoiser, grad_log_density_ratio  # noqa: E402
 from dgutils.networks import checkpoints  # noqa: E402
-from dgutils.networks.adm import EncoderUNet  # noqa: E402
+from dgutils.networks.adm import EncoderUNet, init_head  # noqa: E402
 from dgutils.networks.edm import Denoiser, GroupNorm  # noqa: E402
 from dgutils.noise import PerSampleNoise, karras_sigmas  # noqa: E402
 from dgutils.pipeline import jobs  # noqa: E402
 from dgutils.sampler import edm_sampler, network_denoiser  # noqa: E402
+from dgutils.training import Split, TrainingSettings, train_discriminators  # noqa: E402
 
 parity = networks.parity
 PUBLISHED, SHIPPED = "CIFAR-10, published", "CIFAR-10, small"
@@ -105,20 +104,23 @@ def _within(kind: str, call):
     return inside
 
 
-class HalfNorm(GroupNorm):
-    """Group normalisation in the input's dtype: autocast would run it in float32 on CUDA, at twice the traffic."""
+class TorchNorm(GroupNorm):
+    """Group normalisation by torch's own kernels, which autocast runs in float32 on CUDA, and SiLU after it."""
 
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, x, silu=False, adapt=None):
+        y = torch.nn.GroupNorm.forward(self, x)
+        if adapt:
+            scale, shift = (part[:, :, None, None] for part in adapt)
+            y = torch.addcmul(shift, y, 1 + scale)
+        return F.silu(y) if silu else y
 
 
-def _half_norms(network):
-    """A copy of a network with `HalfNorm` for each group normalisation."""
+def _torch_norms(network):
+    """A copy of a network with `TorchNorm` for each group normalisation."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, GroupNorm):
-            module.__class__ = HalfNorm
+            module.__class__ = TorchNorm
     return network
 
 
@@ -126,20 +128,6 @@ class Kept(PerSampleNoise):
     """Noise drawn once and kept: what sampling would cost if noise cost nothing."""
 
     draw = functools.cache(PerSampleNoise.draw)
-
-
-class Ahead(PerSampleNoise):
-    """The same noise; while one draw is used, a thread prepares the next one."""
-
-    def __init__(self, seeds, shape, device="cpu"):
-        super().__init__(seeds, shape, device)
-        self.pool = ThreadPoolExecutor(1)
-        self.step, self.waiting = 0, self.pool.submit(super().draw, 0)
-
-    def draw(self, step):
-        found = self.waiting.result() if step == self.step else super().draw(step)
-        self.step, self.waiting = step + 1, self.pool.submit(super().draw, step + 1)
-        return found
 
 
 class Networks:
@@ -159,10 +147,10 @@ class Networks:
         for one in self.heads:
             _calibrate(bench._guided(self.score, self.extractor, [one], "float32"), self.score.shape)
 
-    def guided(self, precision: str, count: int = 1, half_norms: bool = False):
+    def guided(self, precision: str, count: int = 1, torch_norms: bool = False):
         """A guided denoiser by `count` heads."""
         parts = [self.score, self.extractor, *self.heads[:count]]
-        score, extractor, *heads = [_half_norms(part) for part in parts] if half_norms else parts
+        score, extractor, *heads = [_torch_norms(part) for part in parts] if torch_norms else parts
         return bench._guided(score, extractor, heads, precision)
 
     @functools.cached_property
@@ -299,7 +287,8 @@ def parity_sampling(size, found) -> dict:
             one_hot = None if labels is None else torch.eye(network.label_dim, dtype=dtype, device=device)[labels]
             denoise = GuidedDenoiser(network_denoiser(network, "float32", one_hot),
                                      sampling.Discriminator(case["gain"]), case["first"], case["second"],
-                                     class_labels=labels, boosting=case["boosting"], log_ratio="clipped")  # fmt: skip
+                                     class_labels=labels, log_ratio="clipped")  # fmt: skip
+            denoise = BOOSTING[case["boosting"]](denoise)
             noise = PerSampleNoise(parity.SEEDS, (3, 16, 16), device)
             images = edm_sampler(denoise, noise, karras_sigmas(18, **schedule), churn=denoise.churn, **options)
             return _relative(images, sampling.REFERENCE[name])
@@ -352,13 +341,14 @@ def speed(size, found) -> dict:
     ours, sigmas = _networks(size["names"][0]), karras_sigmas(size["steps"])
     noise = ours.noise(size["batch"])
     noise.draw(0)
-    def sample(kind, precision, count=1, half=False):
-        denoise = ours.guided(precision, count, half)
+    def sample(kind, precision, count=1, torch_norms=False):
+        denoise = ours.guided(precision, count, torch_norms)
         return _within(kind, lambda: edm_sampler(denoise, noise, sigmas))
 
     calls = {"published": _within("default", lambda: ours.published(noise, sigmas)),
              "default": sample("default", "float32"), "TF32": sample("TF32", "float32"),
-             "bfloat16": sample("TF32", "bfloat16"), "bfloat16, norms too": sample("TF32", "bfloat16", half=True),
+             "bfloat16": sample("TF32", "bfloat16"),
+             "bfloat16, torch's norms": sample("TF32", "bfloat16", torch_norms=True),
              "bfloat16, six": sample("TF32", "bfloat16", 6)}  # fmt: skip
     strict = {"published, float32": _within("float32", lambda: ours.published(noise, sigmas)),
               "float32": sample("float32", "float32")}  # fmt: skip
@@ -389,11 +379,11 @@ def _agreement(name: str, size) -> dict:
     exact, noise, rows = _exact(name, count, size["whole"]), ours.noise(count), {}
     rows["published"] = _agree(_within("default", ours.published)(noise, sigmas), exact)
     rows["published, float32"] = _agree(_within("float32", ours.published)(noise, sigmas), exact)
-    for row, kind, precision, half in (
+    for row, kind, precision, torch_norms in (
         ("default", "default", "float32", False), ("TF32", "TF32", "float32", False),
-        ("bfloat16", "TF32", "bfloat16", False), ("bfloat16, norms too", "TF32", "bfloat16", True),
+        ("bfloat16", "TF32", "bfloat16", False), ("bfloat16, torch's norms", "TF32", "bfloat16", True),
     ):  # fmt: skip
-        rows[row] = _agree(_within(kind, edm_sampler)(ours.guided(precision, 1, half), noise, sigmas), exact)
+        rows[row] = _agree(_within(kind, edm_sampler)(ours.guided(precision, 1, torch_norms), noise, sigmas), exact)
     return {"networks": name, "weights": ours.weights, "images": count, "steps": size["whole"],
             "spread": exact.std().item(), "agreement": rows}  # fmt: skip
 
@@ -428,18 +418,24 @@ def evaluations(size, found) -> dict:
 
 
 def training(size, found) -> dict:
-    """Few batches of training table 1's six members, against its first alone; noise is drawn on the CPU."""
+    """Few batches of training table 1's six members, against its first alone, also in the profile's 8 parts a batch.
+
+    Beside it what a call costs that is done once (heads made, validated): an epoch of a single batch.
+    """
     ours, many = _networks(size["names"][0]), size["train"]
     channels, height, width = ours.score.shape
     pixels = np.random.default_rng(0).integers(0, 256, (many, height, width, channels), np.uint8)
     labels, config = np.arange(many) % 2, jobs.head_config(ours.extractor_name, *ours.head)
-    members = [replace(member, epochs=1) for member in TABLE_1]
+    members = tuple(replace(member, epochs=1) for member in TABLE_1)
 
-    def train(count):
-        train_discriminators(ours.extractor, config, pixels, labels, pixels[:2], labels[:2], members[:count],
-                             min(128, many), 0, "bfloat16")  # fmt: skip
+    def train(count, images=many, parts=1):
+        settings = TrainingSettings(members[:count], min(128, many), precision="bfloat16", parts=parts)
+        train_discriminators(ours.extractor, functools.partial(init_head, config, 0),
+                             Split(pixels[:images], labels[:images]), Split(pixels[:2], labels[:2]), settings)
 
-    took = bench.seconds({"one": lambda: train(1), "six": lambda: train(6)}, size["runs"], "training")
+    calls = {"one": lambda: train(1), "six": lambda: train(6), "one, in 8 parts": lambda: train(1, parts=8),
+             "one, a batch": lambda: train(1, min(128, many))}  # fmt: skip
+    took = bench.seconds(calls, size["runs"], "training")
     return {"images": many, **_rates(took, many), "six_against_one": took["six"] / took["one"], "peak_gib": _peak()}
 
 
@@ -447,7 +443,8 @@ def hours(size, found) -> dict:
     """Hours that the profile `paper` would take on this card, all of it missing; features and scores not counted."""
     work = json.loads((HERE / "fixtures" / "paper_work.json").read_text())
     rates, rows = found["evaluations"]["seconds_an_image"], {}
-    train = found["training"]["seconds"]["one"] / found["training"]["images"]
+    took, images = found["training"]["seconds"], found["training"]["images"]
+    train = max(took["one"] - took["one, a batch"], 0.0) / max(images - 128, 1)  # without what is done once
     for precision, seconds in rates.items():
         parts = {kind: work[kind] * value / 3600 for kind, value in (seconds | {"train": train}).items()}
         rows[precision] = parts | {"all": sum(parts.values())}
@@ -455,29 +452,23 @@ def hours(size, found) -> dict:
 
 
 def noise(size, found) -> dict:
-    """Drawing noise image by image against a guided step, and whether a thread that draws ahead hides it."""
+    """Drawing noise image by image against a guided step, and what churn's draws cost."""
     ours, batch, device = _networks(size["names"][0]), size["batch"], jobs.device()
     denoise, sigmas = ours.guided("bfloat16"), karras_sigmas(size["steps"])
     shape, x, ones = ours.score.shape, ours.noise(batch).draw(0), torch.ones(batch, dtype=torch.float64, device=device)
 
-    def sample(kind, churn):
-        return edm_sampler(denoise, kind(range(batch), shape, device), sigmas, s_churn=churn)
-
     kept = ours.noise(batch)
     calls = {"draw": lambda: PerSampleNoise(range(batch), shape, device).draw(0),
              "guided evaluation": lambda: denoise(x, ones, 0, 1), "evaluation": lambda: denoise.denoise(x, ones, 0, 2),
-             "churned, drawn in turn": lambda: sample(PerSampleNoise, 40.0),
-             "churned, drawn ahead": lambda: sample(Ahead, 40.0),
+             "churned, drawn in turn": lambda: edm_sampler(
+                 denoise, PerSampleNoise(range(batch), shape, device), sigmas, s_churn=40.0),
              "churned, noise for nothing": lambda: edm_sampler(denoise, kept, sigmas, s_churn=40.0)}  # fmt: skip
     took = bench.seconds(calls, size["runs"], "noise")
     step = took["guided evaluation"] + took["evaluation"]
     free = took["churned, noise for nothing"]
-    ahead, plain = Ahead(range(3), shape, device), PerSampleNoise(range(3), shape, device)
     return {"batch": batch, "seconds": took, "draw_over_guided_step": took["draw"] / step,
             "draw_over_18_steps": took["draw"] / (15 * took["guided evaluation"] + 20 * took["evaluation"]),
-            "churned_over_noise_for_nothing": {how: took[f"churned, {how}"] / free for how in ("drawn in turn",
-                                                                                              "drawn ahead")},
-            "same_numbers": all(torch.equal(ahead.draw(i), plain.draw(i)) for i in (0, 1, 2, 5))}  # fmt: skip
+            "churned_over_noise_for_nothing": took["churned, drawn in turn"] / free}  # fmt: skip
 
 
 def batches(size, found) -> dict:
@@ -530,76 +521,35 @@ def graphs(size, found) -> dict:
             "largest_relative_error": max(errors)}  # fmt: skip
 
 
-@functools.cache
-def _compiled(name: str, which: str):
-    """Guided denoiser in bfloat16 of which the score network, or the discriminator too, is compiled.
+def norms(size, found) -> dict:
+    """One layer's group norm and SiLU in bfloat16, forward and backward: compiled against torch's; seconds to compile.
 
-    Inputs are copied to one layout: of others the compiler would make another version.
+    The least time is that of reading x twice and writing y, then reading both and x again, and writing the gradient.
     """
-    compiled = functools.partial(torch.compile, dynamic=False, disable=not torch.cuda.is_available())
-    ours = _networks(name)
-    guided = bench._guided(compiled(ours.score), ours.extractor, ours.heads[:1], "bfloat16")
-    if which == "all":
-        guided.ensemble.log_density_ratio = compiled(guided.ensemble.log_density_ratio)
-    return lambda x, sigma, step, order: guided(x.contiguous(), sigma.contiguous(), step, order)
+    device, shape = jobs.device(), (size["batch"], 256, 32, 32)
+    x = torch.randn(shape, device=device).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    layers = {"ours": GroupNorm(256).to(device), "torch": _torch_norms(GroupNorm(256)).to(device)}
 
+    def passes(layer):
+        with torch.autocast(device.type, torch.bfloat16):
+            y = layer(x, silu=True)
+        torch.autograd.grad(y.sum(), x)
 
-def compile_ahead(size, found) -> dict:
-    """In a process of its own beside the others: compiles, which fills the compiler's cache on the disk."""
-    name = size["names"][0]
-    edm_sampler(_compiled(name, "all"), _networks(name).noise(size["batch"]), karras_sigmas(size["steps"]))
-    return {}
-
-
-def _compile(which: str, size) -> dict:
-    ours, sigmas, batch = _networks(size["names"][0]), karras_sigmas(size["steps"]), size["batch"]
-    seeds, denoise, eager = ours.noise(batch), _compiled(ours.name, which), ours.guided("bfloat16")
     start = time.perf_counter()
-    edm_sampler(denoise, seeds, sigmas)
+    passes(layers["ours"])
     compiling = time.perf_counter() - start
-    calls = {"published": _within("default", lambda: ours.published(seeds, sigmas)),
-             "bfloat16": lambda: edm_sampler(eager, seeds, sigmas),
-             "compiled": lambda: edm_sampler(denoise, seeds, sigmas)}  # fmt: skip
-    took = bench.seconds(calls, size["runs"], "compiled")
-    images = edm_sampler(denoise, seeds, karras_sigmas(size["whole"]))[: size["compared"]]
-    return {"compiling_s": compiling, "batch": batch, **_rates(took, batch), "peak_gib": _peak(),
-            "times_as_fast": {"published": took["published"] / took["compiled"],
-                              "bfloat16": took["bfloat16"] / took["compiled"]},
-            "agreement": _agree(images, _exact(ours.name, size["compared"], size["whole"]))}  # fmt: skip
-
-
-def compiled_score(size, found) -> dict:
-    """The score network compiled, bfloat16, channels-last."""
-    return _compile("score", size)
-
-
-def compiled_all(size, found) -> dict:
-    """Score network and discriminator, its gradient too, compiled."""
-    return _compile("all", size)
+    took = bench.seconds({name: lambda layer=layer: passes(layer) for name, layer in layers.items()}, size["runs"],
+                         "norms")  # fmt: skip
+    least = 7 * 2 * x.numel() / found["facts"]["bytes_per_s"] if "facts" in found else None
+    return {"seconds": took, "seconds_to_compile": compiling, "times_as_fast": took["torch"] / took["ours"],
+            "share_of_bandwidth": least and least / took["ours"]}  # fmt: skip
 
 
 # Most wanted first, with the seconds that each is expected to need on one H100.
 MEASUREMENTS = {
-    facts: 6, parity_networks: 8, parity_sampling: 8, parity_guided: 6, speed: 20, agreement: 12, evaluations: 8,
-    noise: 5, training: 5, hours: 0, batches: 12, agreement_trained: 5, graphs: 3, compiled_all: 20, compiled_score: 12,
+    facts: 6, norms: 8, parity_networks: 8, parity_sampling: 8, parity_guided: 6, speed: 20, agreement: 12,
+    evaluations: 8, noise: 5, training: 12, hours: 0, batches: 12, agreement_trained: 5, graphs: 3,
 }  # fmt: skip
-
-
-@contextmanager
-def ahead(minutes: float, out: Path, tiny: bool):
-    """Runs `compile_ahead` in another process; yields a function that waits for it, some seconds at most."""
-    command = ["nice", sys.executable, __file__, "--minutes", f"{minutes:.2f}", "--out", str(out / "ahead"), "--only",
-               compile_ahead.__name__, *["--tiny"] * tiny]  # fmt: skip
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def wait(most: float) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(max(0.0, most))
-
-    try:
-        yield wait
-    finally:
-        child.terminate()
 
 
 # ---- the run -----------------------------------------------------------------------------
@@ -625,16 +575,11 @@ def run(minutes: float, out: Path, tiny: bool, only=()) -> dict:
     write(out, state)
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_REAL, max(0.1, end - time.monotonic()))
-    stack, waits = ExitStack(), lambda most: None
     try:
-        if not only:
-            waits = stack.enter_context(ahead(minutes, out, tiny))
-        for measure, expected in (MEASUREMENTS | {compile_ahead: 0}).items():
+        for measure, expected in MEASUREMENTS.items():
             name, slower = measure.__name__, 0.02 if tiny else 1.0
             if name not in (only or map(_name, MEASUREMENTS)):
                 continue
-            if measure in (compiled_score, compiled_all):
-                waits(end - time.monotonic() - expected)
             if "facts" in state["results"] and not tiny:
                 slower = max(1.0, ENOUGH / state["results"]["facts"]["products_per_s"]["bfloat16"])
             left = end - time.monotonic()
@@ -663,7 +608,6 @@ def run(minutes: float, out: Path, tiny: bool, only=()) -> dict:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-        stack.close()
     state["running"] = None
     write(out, state)
     return state

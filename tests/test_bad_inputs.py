@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ import torch
 
 from dgutils import datasets, guidance, metrics, noise
 from dgutils.cli import main as __main__
-from dgutils.discriminator import Discriminator, Ensemble, MemberConfig, train_discriminators
+from dgutils.discriminator import Discriminator, Ensemble, MemberConfig
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints, pretrain, weights
-from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.adm import EncoderUNet, init_head
 from dgutils.networks.edm import Denoiser
+from dgutils.networks.features import image_features
 from dgutils.pipeline import jobs
 from dgutils.pipeline.store import Store
 from dgutils.results import records as results
 from dgutils.sampler import autocast, edm_sampler, network_denoiser
+from dgutils.training import Split, TrainingSettings, train_discriminators
 
 NAN, INF = math.nan, math.inf
 RNG = np.random.default_rng(0)
@@ -49,8 +52,9 @@ def guided(**changes):
 
 
 def train(images=IMAGES, labels=LABELS, members=tiny.MEMBERS, batch_size=8, precision="float32", extractor=None, head=None):
-    return train_discriminators(extractor or network(EncoderUNet), head or tiny.HEAD, images, labels, images, labels,
-                                members, batch_size, 0, precision)
+    return train_discriminators(extractor or network(EncoderUNet), partial(init_head, head or tiny.HEAD, 0),
+                                Split(images, labels), Split(images, labels),
+                                TrainingSettings(members, batch_size, precision=precision))
 
 
 def member(**changes):
@@ -89,6 +93,10 @@ CASES = {
     "denoiser, one image without batch": (lambda s: network()(torch.zeros(1, 32, 32), 1.0), "expected images"),
     "odd image size of an encoder": (lambda s: network(EncoderUNet, image_size=30), "image_size 30 is not a multiple of 8"),
     "head channels that do not divide": (lambda s: network(EncoderUNet, num_head_channels=5), "multiples of num_head_channels 5"),
+    "encoder too narrow for the published groups": (lambda s: network(EncoderUNet, num_group_channels=None), r"widths \[16, 16\] do not divide into 32 groups each: num_group_channels must"),
+    "groups that do not divide": (lambda s: network(EncoderUNet, num_group_channels=3), "do not divide into groups of 3 channels"),
+    "groups of no channels": (lambda s: network(EncoderUNet, num_group_channels=0), "do not divide into groups of 0 channels"),
+    "groups of a head": (lambda s: jobs.head_config("fashion-mnist-adm", 18, 1, 18), r"widths \[18\] do not divide into groups of 4"),
     "encoder without blocks to widen": (lambda s: network(EncoderUNet, num_res_blocks=0, channel_mult=(1, 2)), "num_res_blocks 0: at least 1"),
     "fewer blocks of a head than none": (lambda s: jobs.head_config("fashion-mnist-adm", 16, -1, 16), "num_res_blocks -1: at least 0"),
     "head without width": (lambda s: jobs.head_config("fashion-mnist-adm", 0, 1, 16), "model_channels 0, .*: the first is even"),
@@ -125,7 +133,7 @@ CASES = {
     "window NaN": (lambda s: guided(time_min=NAN), "needs 0 <= time_min"),
     "negative weight": (lambda s: guided(weight_1st_order=-1.0), "must be finite, not negative"),
     "weight NaN": (lambda s: guided(weight_2nd_order=NAN), "weights 2.0, nan"),
-    "unknown boosting": (lambda s: guided(boosting="yes"), "unknown boosting 'yes'; choose one of none, released, paper"),
+    "unknown boosting": (lambda s: guidance.check_settings(2.0, 0.0, 0.01, 1.0, "yes"), "unknown boosting 'yes'; choose one of none, released, paper"),
     "unknown log ratio": (lambda s: guided(log_ratio="log"), "unknown log_ratio 'log'; choose one of logit, clipped"),
     # training of discriminators
     "no images to train on": (lambda s: train(IMAGES[:0], LABELS[:0]), "0 images|no images"),
@@ -163,14 +171,13 @@ CASES = {
     "fewer images than neighbours": (lambda s: metrics.PairReference(FEATURES[:5]), "at least 6 feature rows, got 5"),
     "no neighbours": (lambda s: metrics.PairReference(FEATURES, 0), "k_pr 0"),
     "fewer generated than neighbours": (lambda s: metrics.PairReference(FEATURES).compare(FEATURES[:3]), "at least 4 feature rows, got 3"),
-    "arms of unequal length": (lambda s: metrics.paired_bootstrap(np.mean, FEATURES, FEATURES[:5], 9, 0), "equal length, got 20 and 5"),
-    "no resamples": (lambda s: metrics.bootstrap(np.mean, FEATURES, 0, 0), "2 images and 1 resample; got 20 and 0"),
+    "no resamples": (lambda s: metrics.bootstrap(np.mean, FEATURES, 0, 0), "n_resamples 0: give a whole number, at least 1"),
     "level of 95": (lambda s: metrics.bootstrap(np.mean, FEATURES, 9, 0, level=95), "level 95: a confidence level lies between"),
     "logits without labels": (lambda s: metrics.binary_scores([0.1, 0.2], [1]), r"shapes \(2,\) and \(1,\)"),
     "labels that are no classes": (lambda s: metrics.calibration_error([0.1], [2]), "labels 0 .fake. or 1 .real."),
-    "images to score in [0, 1]": (lambda s: metrics.image_features(IMAGES / 255, "inception"), "uint8"),
-    "images to score with two channels": (lambda s: metrics.image_features(np.zeros((2, 32, 32, 2), np.uint8)), "1 or 3 channels"),
-    "unknown feature space": (lambda s: metrics.image_features(IMAGES, "vgg"), "unknown feature space 'vgg': use 'inception'"),
+    "images to score in [0, 1]": (lambda s: image_features(IMAGES / 255, "inception"), "uint8"),
+    "images to score with two channels": (lambda s: image_features(np.zeros((2, 32, 32, 2), np.uint8)), "1 or 3 channels"),
+    "unknown feature space": (lambda s: image_features(IMAGES, "vgg"), "unknown feature space 'vgg': use 'inception'"),
     "scores of other seeds": (lambda s: tiny_scores(s, 0).minus(tiny_scores(s, 8)), "other seeds or spaces"),
     # records and artifacts
     "config with NaN": (lambda s: s.artifact("train", 1, {"rate": NAN}), "train.config.rate is nan"),

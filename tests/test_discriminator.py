@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,16 +18,16 @@ from dgutils.discriminator import (
     MemberConfig,
     evaluate_logits,
     perturb,
-    train_discriminators,
 )
 from dgutils.errors import UserError
-from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.adm import EncoderUNet, init_head
 from dgutils.noise import keyed_rng, vp_scale, vp_time_to_sigma
+from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
 
 EXTRACTOR = dict(image_size=8, in_channels=1, model_channels=8, out_channels=3, num_res_blocks=0,
-                 attention_resolutions=(), channel_mult=(1,), num_head_channels=8, patch_size=2)
+                 attention_resolutions=(), channel_mult=(1,), num_head_channels=8, patch_size=2, num_group_channels=4)
 HEAD = dict(image_size=4, in_channels=8, model_channels=8, out_channels=1, num_res_blocks=0,
-            attention_resolutions=(), channel_mult=(1,), num_head_channels=8)
+            attention_resolutions=(), channel_mult=(1,), num_head_channels=8, num_group_channels=4)
 
 
 def network(config, seed, dtype=torch.float64):
@@ -124,7 +125,7 @@ class CountingExtractor(nn.Module):
 
 
 PIXEL_HEAD = dict(image_size=1, in_channels=1, model_channels=16, out_channels=1, num_res_blocks=0,
-                  attention_resolutions=(), channel_mult=(1,), num_head_channels=16)
+                  attention_resolutions=(), channel_mult=(1,), num_head_channels=16, num_group_channels=4)
 
 
 def test_logits_are_per_member_from_one_extractor_pass_and_networks_are_frozen():
@@ -176,10 +177,17 @@ def two_gaussians(n, seed):
     return np.clip(np.rint(127.5 * (x + 1)), 0, 255).astype(np.uint8), labels
 
 
-def train(members, extractor=None, n=192, **options):
-    return train_discriminators(
-        extractor or CountingExtractor(), PIXEL_HEAD, *two_gaussians(n, 0), *two_gaussians(64, 1), members,
-        **{"batch_size": 50, "seed": 0, **options})
+def train_with(extractor, head, learn, validate, members, batch_size, seed=0, **options):
+    """`train_discriminators`, settings and callbacks by name."""
+    callbacks = {key: options.pop(key) for key in ("progress", "checkpoint", "resume") if key in options}
+    settings = TrainingSettings(tuple(members), batch_size, seed, **options)
+    return train_discriminators(extractor, partial(init_head, head, seed), Split(*learn), Split(*validate), settings,
+                                Callbacks(**callbacks))
+
+
+def train(members, extractor=None, n=192, batch_size=50, **options):
+    return train_with(extractor or CountingExtractor(), PIXEL_HEAD, two_gaussians(n, 0), two_gaussians(64, 1), members,
+                      batch_size, **options)
 
 
 def member(name="m", epochs=2, learning_rate=1e-3, min_time=1e-5):
@@ -236,8 +244,8 @@ def test_any_number_of_threads_trains_to_the_same_bits(precision):
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         try:
-            trained = train_discriminators(Pixels(), head, images, labels, images[:32], labels[:32], members, 64, 0,
-                                           precision)  # fmt: skip
+            trained = train_with(Pixels(), head, (images, labels), (images[:32], labels[:32]), members, 64,
+                                 precision=precision)  # fmt: skip
             assert torch.get_num_threads() == count
         finally:
             torch.set_num_threads(threads)
@@ -312,15 +320,17 @@ def test_table_1_is_the_drafts():
 
 def test_user_errors():
     images, labels = two_gaussians(64, 0)
-    arguments = (CountingExtractor(), PIXEL_HEAD, images, labels, images, labels)
+    arguments = (CountingExtractor(), PIXEL_HEAD, (images, labels), (images, labels))
     with pytest.raises(UserError, match="as many real as generated"):
-        train_discriminators(*arguments[:3], labels * 0, *arguments[4:], [member()], 8, 0)
+        train_with(*arguments[:2], (images, labels * 0), arguments[3], [member()], 8)
     with pytest.raises(UserError, match="batch_size 65"):
-        train_discriminators(*arguments, [member()], 65, 0)
+        train_with(*arguments, [member()], 65)
     with pytest.raises(UserError, match="discriminator m"):
-        train_discriminators(*arguments, [member(min_time=1.0)], 8, 0)
+        train_with(*arguments, [member(min_time=1.0)], 8)
     with pytest.raises(UserError, match="unknown precision"):
-        train_discriminators(*arguments, [member()], 8, 0, precision="float16")
+        train_with(*arguments, [member()], 8, precision="float16")
+    with pytest.raises(UserError, match="unknown clock 'sine'"):
+        train_with(*arguments, [member()], 8, clock="sine")
 
 
 # --- which images members see, and which epochs are kept
@@ -338,8 +348,8 @@ def train_small(images=None, labels=None, epochs=2, seed=0, **options):
         images, labels = small_images(12)
     members = [MemberConfig("a", 1e-3, 0.0, 1), MemberConfig("b", 1e-3, 0.0, epochs)]
     held_out = small_images(2)
-    return train_discriminators(network(EXTRACTOR, 0, torch.float32), HEAD, images, labels, *held_out, members, 8, seed,
-                                **options)
+    return train_with(network(EXTRACTOR, 0, torch.float32), HEAD, (images, labels), held_out, members, 8, seed,
+                      **options)
 
 
 def test_resamplings_are_what_they_say():

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from dgutils.errors import UserError
 from dgutils.networks.adm import EncoderUNet
-from dgutils.pipeline import distributed, jobs
+from dgutils.pipeline import jobs, launching, ranks
 from dgutils.pipeline.store import Store
+from dgutils.training import sum_gradients
 
 IMAGES = 80  # ten shards
 
@@ -32,7 +33,7 @@ IMAGES = 80  # ten shards
 
 def learn(folder):
     """A head is trained on batches in three parts: of four ranks one has none. The last batch is of two images."""
-    ranks, head = distributed.group(), tiny.random_network(EncoderUNet, tiny.HEAD, 0).requires_grad_()
+    group, head = ranks.group(), tiny.random_network(EncoderUNet, tiny.HEAD, 0).requires_grad_()
     optimizer = torch.optim.Adam(head.parameters(), 1e-2)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 16, 4, 4))).float()
     label, time = (x.mean((1, 2, 3)) > 0).float(), torch.full((50,), 0.5)
@@ -43,12 +44,12 @@ def learn(folder):
                 logit = head(x[mine], time[mine])[:, 0]
                 (F.binary_cross_entropy_with_logits(logit, label[mine], reduction="sum") / len(rows)).backward()
 
-        ranks.sum_gradients(head.parameters(), 3, backward)
+        sum_gradients(head.parameters(), 3, backward, group)
         optimizer.step()
 
     for rows in torch.arange(50).split(16):
         step(rows)
-    np.save(folder / f"weights_{ranks.rank}.npy", np.concatenate([p.detach().ravel() for p in head.parameters()]))
+    np.save(folder / f"weights_{group.rank}.npy", np.concatenate([p.detach().ravel() for p in head.parameters()]))
 
 
 def small_study(folder):
@@ -82,14 +83,14 @@ def complain(folder):
         file.write(f"{os.environ['RANK']}\n")
     if os.environ["RANK"] == "1":
         raise UserError("there is no such thing")
-    distributed.group().barrier()
+    ranks.group().barrier()
 
 
 def break_down(folder):
     """Rank 1 fails as programs do."""
     if os.environ["RANK"] == "1":
         raise ZeroDivisionError("of all numbers")
-    distributed.group().barrier()
+    ranks.group().barrier()
 
 
 def dawdle(folder):
@@ -97,13 +98,30 @@ def dawdle(folder):
     (folder / f"ready_{os.environ['RANK']}").touch()
     if os.environ["RANK"] == "1":
         time.sleep(600)
-    distributed.group().barrier()
+    ranks.group().barrier()
+
+
+def run_out_of_time(folder):
+    """The time of rank 0 alone is up in its second shard; all ranks stop."""
+    group, sample, calls = ranks.group(), jobs.sample, []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2 and group.rank == 0:
+            group.deadline = time.monotonic()
+        return sample(*arguments)
+
+    jobs.sample = slow
+    with pytest.raises(ranks.TimeUp):
+        jobs.generate(Store(folder, lambda line: None), tiny.sampling(), IMAGES)
+    (folder / f"stopped_{group.rank}").touch()
+    jobs.sample = sample
 
 
 def be_a_rank(what, folder, minutes):
-    with distributed.reporting():
+    with launching.reporting():
         tiny.use_tiny_networks(pytest.MonkeyPatch())
-        with distributed.join(float(minutes)):
+        with ranks.join(float(minutes)):
             globals()[what](Path(folder))
 
 
@@ -128,7 +146,7 @@ def surroundings(monkeypatch):
 
 
 def run(nproc, what, folder, restarts=0, minutes=5.0):
-    distributed.run_ranks(nproc, [__file__, what, str(folder), str(minutes)], restarts)
+    launching.run_ranks(nproc, [__file__, what, str(folder), str(minutes)], restarts)
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +189,38 @@ def test_ranks_make_what_one_process_makes(alone, tmp_path, nproc, killed):
             assert np.abs(one[name] - many[name]).max() <= 1e-12 * np.abs(one[name]).max()
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_when_the_time_is_up_all_ranks_stop_between_shards_and_what_is_done_stays(alone, tmp_path, nproc):
+    run(nproc, "run_out_of_time", tmp_path)
+    assert len(list(tmp_path.glob("stopped_*"))) == nproc
+    done = arrays(tmp_path, "generate")
+    assert 2 <= len(done) < IMAGES / 8 and not list(tmp_path.glob("**/*.tmp"))
+    lines = []
+    assert jobs.generate(Store(tmp_path, lines.append), tiny.sampling(), IMAGES).n == IMAGES
+    assert f"{len(done)} of 10 shards stored" in lines[0]
+    whole = arrays(alone, "generate")
+    assert all(np.array_equal(whole[name], array) for name, array in arrays(tmp_path, "generate").items())
+
+
+def test_when_the_time_is_up_training_stops_between_epochs_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    store, whole = (Store(tmp_path / name, lambda line: None) for name in ("stopped", "whole"))
+    fakes, save = jobs.generate(store, tiny.sampling(), 40), Store.save_partial
+
+    def saved_late(*arguments):
+        save(*arguments)
+        ranks.group().deadline = time.monotonic()
+
+    with monkeypatch.context() as patch, pytest.raises(ranks.TimeUp):
+        patch.setattr(Store, "save_partial", saved_late)
+        jobs.train(store, tiny.training(), fakes)
+    assert len(list((store.root / "partial").iterdir())) == 1 and not list(store.root.glob("train/*"))
+    heads = [jobs.train(s, tiny.training(), jobs.generate(s, tiny.sampling(), 40))._tensors for s in (store, whole)]
+    assert all(torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
+
+
 def test_gradients_in_parts_add_up_to_the_whole():
     x, w = torch.arange(6.0).reshape(3, 2), torch.ones(2, requires_grad=True)
-    distributed.group().sum_gradients([w], 3, lambda part: (x[part] @ w).backward())
+    sum_gradients([w], 3, lambda part: (x[part] @ w).backward(), ranks.group())
     assert torch.equal(w.grad, x.sum(0))
 
 
@@ -195,9 +242,9 @@ def test_ctrl_c_stops_all_ranks(tmp_path):
     """As `make` gets it from the terminal: the parent hears it, its ranks live in sessions of their own."""
     code = textwrap.dedent(f"""
         import sys
-        from dgutils.pipeline import distributed
+        from dgutils.pipeline import launching
         try:
-            distributed.run_ranks(2, [{__file__!r}, "dawdle", {str(tmp_path)!r}, "5"])
+            launching.run_ranks(2, [{__file__!r}, "dawdle", {str(tmp_path)!r}, "5"])
         except KeyboardInterrupt:
             sys.exit(130)
     """)
@@ -231,25 +278,25 @@ def rank_files(tmp_path, monkeypatch):
     ("error", "status", "message", "printed", "again"),
     [
         (UserError("mend this"), 2, "mend this", "", False),
-        (distributed.LostContact("nobody there"), 1, "nobody there", "", True),
+        (ranks.LostContact("nobody there"), 1, "nobody there", "", True),
         (ZeroDivisionError("of all"), 1, "rank 0: ZeroDivisionError: of all", "Traceback", True),
     ],
 )
 def test_why_a_rank_stopped_is_left_for_torchrun(rank_files, capsys, error, status, message, printed, again):
     file, began = rank_files(0), []
-    with pytest.raises(SystemExit) as stopped, distributed.reporting():
+    with pytest.raises(SystemExit) as stopped, launching.reporting():
         raise error
     assert stopped.value.code == status and json.loads(file.read_text())["message"]["message"] == message
     assert capsys.readouterr().err.startswith(printed)
     rank_files(1)
-    with pytest.raises(SystemExit) as stopped, distributed.reporting():
+    with pytest.raises(SystemExit) as stopped, launching.reporting():
         began.append(True)
     assert bool(began) == again and stopped.value.code == (0 if again else 2)  # it never leaves the block
     assert capsys.readouterr().err == (f"dgutils: {message}; start 2 of 4 goes on where it was\n" if again else "")
 
 
 def test_group_of_one_has_nothing_to_share():
-    one, x = distributed.group(), torch.ones(3)
+    one, x = ranks.group(), torch.ones(3)
     one.sum(x)
     one.barrier()
     assert list(one.deal("ab")) == [(0, "a"), (1, "b")] and (x == 1).all() and one.agree(True) and not one.agree()
@@ -258,34 +305,28 @@ def test_group_of_one_has_nothing_to_share():
 
 @given(n=st.integers(0, 500), world=st.integers(1, 40))
 def test_slices_of_all_ranks_are_the_rows_in_order(n, world):
-    parts = [list(range(n))[distributed.Group(rank, world).slice(n)] for rank in range(world)]
+    parts = [list(range(n))[ranks.Group(rank, world).slice(n)] for rank in range(world)]
     assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 # --- many machines
 
 
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "job.sh"
-    path.write_text(distributed.launch("paper", 2, 4, limit="1-12", sbatch=["account=abc", "exclusive"]))
-    return path
+SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sbatch"
 
 
-def test_slurm_script_is_bash_and_says_what_was_asked(script):
-    subprocess.run(["bash", "-n", script], check=True)
+def test_slurm_script_is_bash():
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
     if shellcheck := shutil.which("shellcheck"):
-        subprocess.run([shellcheck, script], check=True)
-    text = script.read_text()
-    for line in ("--nodes=2", "--gpus-per-node=4", "--cpus-per-task=32", "--time=1-12", "--requeue", "--account=abc"):
-        assert f"#SBATCH {line}\n" in text
-    assert text.startswith("#!/bin/bash\n") and text.index("#SBATCH --exclusive\n") < text.index("set -euo")
+        subprocess.run([shellcheck, SCRIPT], check=True)
+    text = SCRIPT.read_text()
+    assert text.startswith("#!/bin/bash\n") and text.rindex("#SBATCH") < text.index("set -euo")
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_slurm_script_runs_the_ranks_then_the_notebooks(script, tmp_path, fails):
+def test_slurm_script_runs_the_ranks_then_the_notebooks(tmp_path, fails):
     """With stand-ins for Slurm's commands; what fails ends the job."""
-    done = slurm(tmp_path, script, f"echo \"$@\" >>{tmp_path}/log; exit {int(fails)}").wait(timeout=20)
+    done = slurm(tmp_path, f"echo \"$@\" >>{tmp_path}/log; exit {int(fails)}").wait(timeout=20)
     steps = (tmp_path / "log").read_text().splitlines()
     assert done == int(fails) and len(steps) == 2 - fails
     assert "torch.distributed.run --nnodes=2 --nproc-per-node=4" in steps[0] and "--rdzv-id=77.0 " in steps[0]
@@ -293,41 +334,25 @@ def test_slurm_script_runs_the_ranks_then_the_notebooks(script, tmp_path, fails)
     assert fails or steps[1].endswith("-m dgutils reproduce --profile paper")
 
 
-def test_slurm_script_queues_itself_again_when_its_time_is_up(script, tmp_path):
-    job = slurm(tmp_path, script, f"touch {tmp_path}/begun; exec sleep 1")
+def test_slurm_script_queues_itself_again_when_its_time_is_up(tmp_path):
+    job = slurm(tmp_path, f"touch {tmp_path}/begun; exec sleep 1")
     while not (tmp_path / "begun").exists():
         time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=20) != 0 and (tmp_path / "scontrol").read_text() == "requeue 77\n"
 
 
-def slurm(folder, script, srun):
+def slurm(folder, srun):
     """Start a job script with an `srun` that does this, and an `scontrol` that notes what it was told."""
     for name, body in (("srun", srun), ("scontrol", f"echo \"$@\" >{folder}/scontrol")):
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / "bin" / name).chmod(0o755)
-    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "32"}
-    return subprocess.Popen(["bash", script], env=environment)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(profile="quik"), "unknown profile quik"),
-        (dict(nodes=0), "0 nodes: give at least 1"),
-        (dict(gpus_per_node=0), "0 GPUs per node"),
-        (dict(cpus_per_gpu=0), "0 CPUs per GPU"),
-        (dict(limit="tomorrow"), "time 'tomorrow': write hours"),
-        (dict(sbatch=["--account=abc"]), "without dashes"),
-        (dict(sbatch=["account=a\nrm"]), "without dashes in front or spaces"),
-    ],
-)
-def test_what_slurm_would_not_read_is_one_clear_line(changes, message):
-    with pytest.raises(UserError, match=message):
-        distributed.launch(**(dict(profile="paper", nodes=2, gpus_per_node=4) | changes))
+    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "32",
+                   "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    return subprocess.Popen(["bash", SCRIPT], env=environment)
 
 
 def test_no_ranks_at_all_is_a_mistake():
     with pytest.raises(UserError, match="NPROC is 0"):
-        distributed.run_ranks(0, [])
+        launching.run_ranks(0, [])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints, edm
@@ -70,6 +71,58 @@ def test_group_norm_has_the_same_bits_in_any_number_of_parts(monkeypatch, dtype)
     whole = normed(norm, x, push)
     monkeypatch.setattr(edm, "CACHED", 1)
     assert all(torch.equal(part, one) for part, one in zip(normed(norm, x, push), whole, strict=True))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_norm_for_gpus_matches_torch_in_values_and_gradients(silu, adapted):
+    """In float64, uncompiled: what the compiler is given is right, and channels-last tensors stay so."""
+    norm = edm.GroupNorm(24).double()
+    x = (5 + 2 * torch.randn(3, 24, 4, 4).double()).to(memory_format=torch.channels_last).requires_grad_()
+    inputs = [x, norm.weight, norm.bias, *(torch.randn(3, 24).double().requires_grad_() for _ in range(2 * adapted))]
+    for value in inputs[1:3]:
+        value.data.normal_()
+    push = torch.randn(3, 24, 4, 4).double()
+    ours = norm._by_rows(edm.norm_rows, x, silu, inputs[3:])
+    theirs = torch.nn.functional.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if adapted:
+        theirs = theirs * (1 + inputs[3][:, :, None, None]) + inputs[4][:, :, None, None]
+    theirs = torch.nn.functional.silu(theirs) if silu else theirs
+    assert ours.is_contiguous(memory_format=torch.channels_last) and (ours - theirs).abs().max() < 1e-12
+    gradients = [torch.autograd.grad((y * push).sum(), inputs) for y in (ours, theirs)]
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() < 1e-11
+    assert (norm(x, silu, inputs[3:]) - theirs).abs().max() < 1e-12  # and so does the one for CPUs
+
+
+def test_the_norm_for_gpus_rounds_once():
+    """bfloat16 in, bfloat16 out, float32 between: within one rounding of float64's value."""
+    norm, x = edm.GroupNorm(64), (3 + torch.randn(4, 64, 8, 8)).bfloat16().to(memory_format=torch.channels_last)
+    exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), norm.num_groups, eps=norm.eps))
+    ours = norm._by_rows(edm.norm_rows, x, True, ())
+    assert ours.dtype == torch.bfloat16 and ((ours - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+
+
+def test_the_norm_for_gpus_is_compiled_once_for_layers_of_all_sizes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    norm = torch.compile(edm.norm_rows, dynamic=True, backend=counter)
+    for channels, side in ((64, 16), (128, 8), (192, 32), (384, 4), (64, 4)):
+        layer = edm.GroupNorm(channels)
+        x = torch.randn(2, channels, side, side).to(memory_format=torch.channels_last)
+        assert (layer._by_rows(norm, x, True, ()) - layer(x, silu=True)).abs().max() < 1e-5
+    assert counter.frame_count == 1
+
+
+def test_a_norm_that_does_not_compile_is_one_line_and_torch_s_own(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    edm._compiled_norm.cache_clear()
+    assert edm._compiled_norm() is None and edm._compiled_norm() is None
+    assert capsys.readouterr().err == "group norm is not compiled (RuntimeError: no compiler here): slower\n"
+    edm._compiled_norm.cache_clear()
 
 
 def test_group_norm_refuses_second_derivatives():

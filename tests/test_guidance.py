@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgutils.errors import UserError
-from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio
+from dgutils.guidance import BOOSTING, Boosted, GuidedDenoiser, check_settings, grad_log_density_ratio
 from dgutils.noise import PerSampleNoise, karras_sigmas, vp_time_to_sigma
 from dgutils.sampler import edm_sampler
 
@@ -105,7 +105,7 @@ class Tilted:
 def test_boosting_doubles_the_guidance_of_samples_in_need(boosting, doubled):
     x, sigma = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for step in range(6):
-        guided = GuidedDenoiser(wrong, Tilted([-1.0, 1.0]), 1.0, boosting=boosting)
+        guided = BOOSTING[boosting](GuidedDenoiser(wrong, Tilted([-1.0, 1.0]), 1.0))
         guidance = guided.guidance(x, sigma, step, 1)
         ratio = (guidance[0] / guidance[1]).mean().item()
         assert ratio == pytest.approx(2.0 if step in doubled else 1.0)
@@ -113,7 +113,7 @@ def test_boosting_doubles_the_guidance_of_samples_in_need(boosting, doubled):
 
 @pytest.mark.parametrize(("boosting", "boosted"), [("released", [0, 5, 10]), ("paper", [1, 3, 5, 7, 9, 11])])
 def test_boosting_churns_samples_whose_previous_log_ratio_was_negative(boosting, boosted):
-    guided = GuidedDenoiser(wrong, Tilted([-1.0, 1.0]), 1.0, boosting=boosting)
+    guided = BOOSTING[boosting](GuidedDenoiser(wrong, Tilted([-1.0, 1.0]), 1.0))
     base = torch.tensor([2.0, 2.0]), torch.tensor([1.01, 1.01])  # S_churn and S_noise of the others
     assert guided.churn(0, base) is base  # nothing is known yet
     guided(torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 0, 1)
@@ -121,6 +121,19 @@ def test_boosting_churns_samples_whose_previous_log_ratio_was_negative(boosting,
         churn, noise = guided.churn(step, base)
         assert churn.tolist() == [4.0 if step in boosted else 2.0, 2.0]
         assert torch.equal(noise, torch.tensor([1.0 if step in boosted else 1.01, 1.01]))
+
+
+def test_boosting_of_ones_own_settings_stays_within_them():
+    """Half the guidance, every third step; outside the window no image is in need."""
+    boosted = Boosted(GuidedDenoiser(wrong, Tilted([-1.0, 1.0, -1.0]), 1.0), 3, 1, 3, 2, s_churn=9.0, factor=0.5)
+    x, sigma = torch.zeros(3, 1, 2, 2, dtype=torch.float64), torch.tensor([1.0, 1.0, 1e-3], dtype=torch.float64)
+    base = torch.tensor([2.0] * 3), torch.tensor([1.01] * 3)
+    for step in range(6):
+        denoised, guidance = boosted(x, sigma, step, 1), boosted.last_guidance
+        assert torch.equal(denoised, wrong(x, sigma, step, 1) + guidance) and (guidance[2] == 0).all()
+        assert (guidance[0] / guidance[1]).mean() == pytest.approx(0.5 if step % 3 == 2 else 1.0)
+        assert torch.equal(boosted(x, sigma, step, 2), wrong(x, sigma, step, 2))
+        assert boosted.churn(step, base)[0].tolist() == ([9.0, 2.0, 2.0] if step % 3 == 1 else [2.0] * 3)
 
 
 def test_clipped_log_ratio_has_no_gradient_where_the_discriminator_is_sure():
@@ -157,10 +170,14 @@ def test_guidance_that_is_not_finite_names_itself_step_sigma_and_seeds():
         (dict(time_min=0.6, time_max=0.5), "time_min <= time_max"),
         (dict(time_max=1.5), "time_max <= 1"),
         (dict(weight_1st_order=-1.0), "must be finite, not negative"),
-        (dict(boosting="sometimes"), "unknown boosting"),
         (dict(log_ratio="probability"), "unknown log_ratio"),
     ],
 )
 def test_bad_guidance(bad, message):
     with pytest.raises(UserError, match=message):
         GuidedDenoiser(wrong, ExactDiscriminator(), **bad)
+
+
+def test_unknown_boosting():
+    with pytest.raises(UserError, match="unknown boosting 'sometimes'; choose one of none, released, paper"):
+        check_settings(2.0, 0.0, 0.01, 1.0, "sometimes")

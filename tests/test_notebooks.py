@@ -1,7 +1,6 @@
 """The six notebooks: their sources hold together, and all run at the smoke profile through the user's runner."""
 
 import ast
-import json
 import re
 from pathlib import Path
 
@@ -9,18 +8,11 @@ import nbformat
 import pytest
 
 from dgutils import __main__, results
-from dgutils.pipeline.notebooks import load_profile
-from dgutils.pipeline.study import Study
+from dgutils.pipeline import cells
+from dgutils.pipeline.parameters import Parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))
-
-
-def parameters(path) -> dict:
-    """Name -> default of the `parameters` cell."""
-    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    assert len(cells) == 1
-    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cells[0].source).body}
 
 
 def test_there_are_six():
@@ -28,19 +20,31 @@ def test_there_are_six():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
-def test_source_is_clean_and_its_defaults_are_the_quick_profile(path):
-    notebook = nbformat.read(path, 4)
+def test_source_is_clean_and_declares_few_parameters_each_with_type_and_meaning(path):
+    notebook = cells.read(path)
     nbformat.validate(notebook)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert not any(c.outputs or c.execution_count for c in code)
-    assert "parameters" in code[0].metadata["tags"]
+    assert [c.metadata.get("tags") for c in code[:2]] == [["parameters"], ["setup"]]
     assert code[-1].source.rstrip().endswith(f'print("NOTEBOOK COMPLETE: {path.stem}")')
-    quick, defaults = load_profile("quick"), parameters(path)
-    assert set(Study.__dataclass_fields__) <= set(defaults)
-    for name, value in defaults.items():
-        assert quick[name] == value and type(quick[name]) is type(value), name
-    for line in filter(None, code[0].source.splitlines()):
-        assert ": " in line and " = " in line and "  # " in line, line
+    first, *lines = code[0].source.strip().splitlines()
+    assert first.startswith('profile: str = "quick"  # ') and 3 <= len(lines) <= 12
+    for line in lines:
+        name, kind = re.fullmatch(r"(\w+): (\w+)(?:\[\w+\])? \| None = None  # .+", line).groups()
+        assert type(Parameters.model_fields[name].default).__name__ == kind, line
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_no_cell_gives_a_parameter_another_meaning(path):
+    """Else its value would stand for the parameter's when somebody runs the second cell again."""
+    for cell in (c for c in nbformat.read(path, 4).cells if c.cell_type == "code"):
+        if not {"parameters", "setup"} & set(cell.metadata.get("tags", [])):
+            tree = ast.parse(cell.source)
+            own = ast.FunctionDef, ast.Lambda, ast.comprehension  # these have names of their own
+            inner = {name for part in ast.walk(tree) if isinstance(part, own) for name in ast.walk(part)}
+            named = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                     and n not in inner}
+            assert not named & {"p", "experiment", *Parameters.model_fields}, cell.source
 
 
 def test_pictures_in_the_sources_are_committed_and_are_their_figures():
@@ -51,12 +55,69 @@ def test_pictures_in_the_sources_are_committed_and_are_their_figures():
         assert all((ROOT / "figures" / "cifar10" / f"{name}.png").is_file() for name in shown)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
-def test_profiles_name_themselves_and_known_parameters_only(path):
-    known = set().union(*(parameters(source) for source in SOURCES))
-    values = load_profile(path.stem)
-    assert values["profile"] == path.stem and set(values) <= known
-    assert "e-" not in json.dumps([v for v in values.values() if isinstance(v, str)])  # 1e-4 read as text
+def test_work_finds_in_the_notebooks_what_they_need(tmp_path, monkeypatch, capfd):
+    """It ends when its time is up; given time, it leaves nothing to draw, to train or to score."""
+    for name in ("notebooks", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
+    smallest = ["--set", "num_fake=40", "num_eval=32", "num_sweep=32", "num_key=32", "variants=[tasks]",
+                "seed_blocks=1", "ladder=[raw_logits]", "repeats=1", "num_steps=2", "epochs=[1, 1, 1, 1, 1, 1]",
+                "epoch_scale=1", "sweep_weights=[]", "discriminator_batch_size=16",
+                "feature_spaces=[fashion-mnist-adm]"]  # fmt: skip
+    work = ["work", "--profile", "smoke"]
+    assert __main__.main([*work, "--minutes", "1e-6", *smallest]) == 0
+    said = re.search(r"dgutils: the time is up: (\d+) of (\d+) scores are left; the same command goes on\n",
+                     capfd.readouterr().err)
+    assert said and said[1] == said[2] != "0" and not list(tmp_path.glob("runs/smoke/store/*/*/shard_*"))
+    assert __main__.main([*work, *smallest]) == 0 and "MISS generate" in capfd.readouterr().err
+    assert __main__.main([*work, *smallest]) == 0 and "MISS" not in capfd.readouterr().err
+    assert __main__.main(["reproduce", "--profile", "smoke", "--only", "05", *smallest]) == 0
+    printed = capfd.readouterr()
+    assert "HIT evaluate" in printed.out + printed.err and "MISS" not in printed.out + printed.err
+
+
+def code_cells(path, tag: str | None = None) -> list:
+    """The code cells of a notebook: all of them, or those with a tag."""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
+
+
+# Of these the arms and the books are still being rewritten.
+REWRITTEN = pytest.mark.xfail(strict=False, reason="cells longer than 15 lines")
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=[REWRITTEN] * (path.name[:2] in "04 05 06"))
+                                  for path in SOURCES])
+def test_code_cells_have_at_most_15_lines(path):
+    """Parameters and the setup cell after them excepted, which list what the notebook needs."""
+    long = {cell.id: n for cell in code_cells(path)[2:] if (n := len(cell.source.splitlines())) > 15}
+    assert not long
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_notebooks_use_what_they_import(path):
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(path)))
+    imported = {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert not imported - {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def test_equations_are_on_the_page_and_asserted():
+    """Cells tagged `equation` hold every equation of the report as code, and assert it before the next other cell.
+
+    That they hold is seen when the notebooks run.
+    """
+    named = set()
+    for path in (path for path in SOURCES if path.name[:2] != "05"):
+        cells = code_cells(path)
+        equations = [cell in code_cells(path, "equation") for cell in cells]
+        assert any(equations), path.stem
+        for cell, is_equation, goes_on in zip(cells, equations, [*equations[1:], False], strict=True):
+            assert not is_equation or goes_on or re.search(r"^ *assert ", cell.source, re.MULTILINE), cell.id
+        named |= {name for cell in code_cells(path, "equation") for name in re.findall(r"\beq:[a-z-]+", cell.source)}
+    text = "".join(path.read_text() for path in (ROOT / "report" / "sections").glob("*.tex"))
+    labels = set(re.findall(r"\\label\{(eq:[a-z-]+)\}", text))
+    assert len(labels) > 5 and not labels - named
 
 
 def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
@@ -94,7 +155,7 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     [
         (["--profile", "quik"], "unknown profile quik: there are"),
         (["--set", "num_stepz=3"], "did you mean num_steps"),
-        (["--set", "num_steps=many"], "must be int"),
+        (["--set", "num_steps=many"], "--set: num_steps is 'many': input should be a valid integer"),
         (["--only", "09"], "no notebook begins with 09"),
     ],
 )

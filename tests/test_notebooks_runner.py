@@ -11,14 +11,13 @@ import pytest
 from nbformat import v4
 
 from dgutils.errors import UserError
-from dgutils.pipeline.notebooks import SENTINEL, as_yaml_float, parse_override, run_profile
+from dgutils.pipeline import cells
+from dgutils.pipeline.notebooks import SENTINEL, run_profile
 
 PARAMETERS = """profile: str = "smoke"
-steps: int = 2  # number of steps
-rate: float = 1.0e-3
-members: list[int] = [0]
-limit: float | None = None
-guided: bool = True"""
+num_steps: int | None = None  # number of steps
+rho: float | None = None
+sweep_weights: list[float] | None = None"""
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def repo(tmp_path, monkeypatch):
     """An empty repository; repo(cell, ...) writes 01_demo.ipynb: parameters, these cells, sentinel."""
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
     (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
-    (tmp_path / "notebooks" / "profiles" / "smoke.yaml").write_text("steps: 3\n")
+    (tmp_path / "notebooks" / "profiles" / "smoke.yaml").write_text("num_steps: 3\n")
 
     def write(*cells: str, name: str = "01_demo", last: str = "print('{}')", parameters: str = PARAMETERS):
         sources = [parameters, *cells, last.format(SENTINEL + name), ""]
@@ -45,15 +44,15 @@ def files(root):
 
 def test_complete_notebook_is_renamed(repo, capsys):
     root = repo("import json, sys\n"
-                "json.dump([profile, steps, rate, members], open('seen.json', 'w'))\n"
+                "json.dump([profile, num_steps, rho, sweep_weights, eval_seed], open('seen.json', 'w'))\n"
                 "print('50 %\\r100 %', file=sys.stderr)\nprint(sys.executable)")
     (root / "runs/smoke/notebooks").mkdir(parents=True)
     (root / "runs/smoke/notebooks/01_demo.failed.ipynb").write_text("from an earlier run")
-    seconds = run_profile("smoke", overrides={"rate": 0.5, "members": [1, 2]})
+    seconds = run_profile("smoke", overrides={"rho": 0.5, "sweep_weights": [1, 2], "eval_seed": 7})
 
     assert files(root) == ["smoke/notebooks/01_demo.ipynb"]
-    # It ran in the root, with the YAML's value, the overrides and the profile's name.
-    assert json.loads((root / "seen.json").read_text()) == ["smoke", 3, 0.5, [1, 2]]
+    # It ran in the root, with the overrides, its own or not, and the profile's name; the profile's values it reads.
+    assert json.loads((root / "seen.json").read_text()) == ["smoke", None, 0.5, [1, 2], 7]
     shown = capsys.readouterr()
     assert sys.executable in shown.out and "50 %\r100 %\n" == shown.err  # live, from this interpreter
     assert "[1/1] 01_demo" in shown.out and f"{seconds['01_demo']:.1f} s" in shown.out
@@ -117,23 +116,13 @@ def test_full_disk_is_one_line(repo, monkeypatch):
 
 
 @pytest.mark.parametrize("yaml, overrides, message", [
-    ("stps: 3", {}, "unknown parameter stps in profile smoke; did you mean steps?"),
-    ("", {"raet": 1.0}, "unknown parameter raet in --set; did you mean rate?"),
-    ("", {"zzz": 1}, "unknown parameter zzz in --set; the notebooks'"),
-    ("", {"other": 1}, "unknown parameter other in --set"),  # known, but not to the notebook that is to run
-    ("rate: 1e-4", {}, "rate in profile smoke is '1e-4', but must be float; write 1.0e-4"),
-    ("steps: 2.5", {}, "steps in profile smoke is 2.5, but must be int"),
-    ("steps: true", {}, "steps in profile smoke is True, but must be int"),
-    ("guided: 1", {}, "guided in profile smoke is 1, but must be bool"),
-    ("members: [0, a]", {}, "members in profile smoke is [0, 'a'], but must be list[int]"),
-    ("members: 3", {}, "members in profile smoke is 3, but must be list[int]"),
-    ("limit: none", {}, "limit in profile smoke is 'none', but must be float | None"),
-    ("profile: paper", {}, "profile is set to another value than smoke"),
-    ("steps: [", {}, "smoke.yaml is not YAML"),
-    ("steps", {}, "smoke.yaml must hold lines `name: value`"),
+    ("num_stps: 3", {}, "unknown parameter num_stps in profile smoke; did you mean num_steps?"),
+    ("", {"rhoo": 1.0}, "unknown parameter rhoo in --set; did you mean rho?"),
+    ("num_steps: 2.5", {}, "num_steps is 2.5: input should be a valid integer"),
+    ("profile: paper", {}, "profile is 'paper', but the file is named smoke"),
+    ("num_steps: [", {}, "smoke.yaml is not YAML"),
 ])
 def test_wrong_parameters_stop_before_anything_runs(repo, yaml, overrides, message):
-    repo(name="02_other", parameters="other: int = 1")
     root = repo("1/0")
     (root / "notebooks/profiles/smoke.yaml").write_text(yaml)
     with pytest.raises(UserError) as error:
@@ -142,12 +131,95 @@ def test_wrong_parameters_stop_before_anything_runs(repo, yaml, overrides, messa
     assert files(root) == []
 
 
-def test_each_notebook_gets_what_it_declares(repo):
-    repo("assert (limit, rate) == (None, 2)")
-    root = repo("assert not {'steps', 'rate'} & set(globals())", "assert other == 7", name="02_other",
-                parameters="other = 1")
-    (root / "notebooks/profiles/smoke.yaml").write_text("steps: 3\nrate: 2\nlimit: null\nother: 7")
-    assert list(run_profile("smoke")) == ["01_demo", "02_other"]
+# --- sources that somebody broke
+
+
+def damaged(path, damage):
+    """Change a notebook: its text by a pair of strings, or itself by a function."""
+    if isinstance(damage, tuple):
+        assert damage[0] in path.read_text()
+        path.write_text(path.read_text().replace(*damage, 1))
+        return
+    notebook = nbformat.read(path, 4)
+    damage(notebook)
+    nbformat.write(notebook, path)
+
+
+def in_parameters(line):
+    def add(notebook):
+        notebook.cells[1].source += f"\n{line}"
+
+    return add
+
+
+@pytest.mark.parametrize("damage, message", [
+    ((' "cells"', '<<<<<<< HEAD\n "cells"'), "notebooks/01_demo.ipynb, line 2: a conflict marker of git"),
+    ((' "cells"', '>>>>>>> main\n "cells"'), "line 2: a conflict marker of git"),
+    (('"cells"', "cells"), "notebooks/01_demo.ipynb is no notebook"),
+    (lambda n: n.cells[1].metadata.pop("tags"), "01_demo.ipynb has 0 cells with the tag `parameters`"),
+    (lambda n: n.cells[2].metadata.update(tags=["parameters"]), "01_demo.ipynb has 2 cells with the tag `parameters`"),
+    (in_parameters("%matplotlib inline"), "01_demo.ipynb, cell 2: '%matplotlib inline' is not Python"),
+    (in_parameters("!ls"), "cell 2: '!ls' is not Python"),
+    (in_parameters("num_eval = 3 + int(5)"), "cell 2: 'num_eval = 3 + int(5)': write `name: type = value` only"),
+    (in_parameters("import os"), "cell 2: 'import os': write"),
+    (in_parameters("print(1)"), "cell 2: 'print(1)': write"),
+    (in_parameters("num_evil: int = 3"), "cell 2: 'num_evil: int = 3': write `name: type = value` only, a known"),
+    (in_parameters("num_eval: int"), "cell 2: 'num_eval: int': write"),
+    (in_parameters("num_eval, rho = 3, 4"), "cell 2: 'num_eval, rho = (3, 4)': write"),
+])
+def test_a_broken_notebook_is_one_line_that_names_its_place(repo, damage, message):
+    root = repo("1/0")
+    damaged(root / "notebooks" / "01_demo.ipynb", damage)
+    for call in (lambda: run_profile("smoke"), lambda: cells.experiment_of(cells.sources()[0], {})):
+        with pytest.raises(UserError) as error:
+            call()
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert files(root) == []
+
+
+SETUP = "from dgutils.pipeline.experiment import Experiment, fake_set\nexperiment = Experiment(globals(), '01_demo')"
+
+
+@pytest.fixture
+def declaring(repo):
+    """declaring(cell) writes a notebook with parameters, a setup cell, and this one with the tag `arms`."""
+
+    def write(arms, setup=SETUP):
+        path = repo("1/0", setup, arms) / "notebooks" / "01_demo.ipynb"
+        notebook = nbformat.read(path, 4)
+        for cell, tag in zip(notebook.cells[3:5], ("setup", "arms"), strict=True):
+            cell.metadata.tags = [tag]
+        nbformat.write(notebook, path)
+        return path
+
+    return write
+
+
+def test_only_the_tagged_cells_are_run_and_see_the_overrides(declaring):
+    path = declaring("experiment.declare({'x': experiment.images('x')})\n"
+                     "experiment.declare({'f': fake_set(experiment)}, [])")
+    experiment = cells.experiment_of(path, {"profile": "smoke", "num_eval": 8, "rho": 5.0})
+    assert experiment.parameters.num_steps == 3 and experiment.parameters.rho == 5.0
+    assert {score.images.n for score in experiment.scored} == {8} and len(experiment.scored) == 2
+    assert [images.label for images in experiment.made] == ["fake set"] and not experiment.store.root.exists()
+
+
+@pytest.mark.parametrize("arms, setup, message", [
+    ("later", SETUP, "notebooks/01_demo.ipynb, cell 5: NameError: name 'later' is not defined (cells with the tag"),
+    ("%time", SETUP, "notebooks/01_demo.ipynb, cell 5: '%time' is not Python"),
+    ("pass", "pass", "notebooks/01_demo.ipynb makes no `experiment` in a cell with the tag `setup`"),
+    ("experiment.images('x', num_steps=1)", SETUP, "num_steps >= 2"),
+])
+def test_a_cell_that_declares_no_arms_is_one_line(declaring, arms, setup, message):
+    with pytest.raises(UserError) as error:
+        cells.experiment_of(declaring(arms, setup), {})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_braces_in_the_clones_path_are_no_templates(repo, monkeypatch, tmp_path):
+    root = repo().rename(tmp_path.with_name("a {profile} {clone"))
+    monkeypatch.setenv("DGUTILS_ROOT", str(root))
+    assert list(run_profile("smoke")) == ["01_demo"] and files(root) == ["smoke/notebooks/01_demo.ipynb"]
 
 
 def test_unknown_names_list_those_there_are(repo):
@@ -163,18 +235,3 @@ def test_unwritable_folder_is_one_line(repo):
     (root / "runs").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot .*write under .*runs"):
         run_profile("smoke")
-
-
-def test_overrides_are_read_as_python_or_yaml():
-    texts = ("1e-4", "[1, 2]", "true", "None", "median_logit", "b=c")
-    values = [1e-4, [1, 2], True, None, "median_logit", "b=c"]
-    assert [parse_override(f"name={text}") for text in texts] == [("name", value) for value in values]
-    for text in ("a", "=1", "a b=1"):
-        with pytest.raises(UserError, match="write name=value"):
-            parse_override(text)
-
-
-@pytest.mark.parametrize("text, better", [("1e-4", "1.0e-4"), ("1.5E5", "1.5e+5"), ("2", "2.0"),
-                                          ("soon", None)])
-def test_float_that_yaml_reads_as_text(text, better):
-    assert as_yaml_float(text) == better

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dgutils.discriminator import Ensemble
-from dgutils.guidance import GuidedDenoiser
+from dgutils.guidance import BOOSTING, GuidedDenoiser
 from dgutils.networks import edm
 from dgutils.noise import PerSampleNoise, karras_sigmas, sample_vp_time, sigma_to_vp_time, vp_to_cosine_time
 from dgutils.sampler import edm_sampler, network_denoiser
@@ -56,7 +56,8 @@ def test_trajectories(name, record_property):
     denoise, churn = network_denoiser(network, "float32", one_hot), None  # "float32": no autocast
     if case["first"] or case["second"]:
         denoise = GuidedDenoiser(denoise, Discriminator(case["gain"]), case["first"], case["second"],
-                                 class_labels=labels, boosting=case["boosting"], log_ratio="clipped")  # fmt: skip
+                                 class_labels=labels, log_ratio="clipped")  # fmt: skip
+        denoise = BOOSTING[case["boosting"]](denoise)
         churn = denoise.churn
     noise, options = PerSampleNoise(parity.SEEDS, (3, 16, 16)), {k.lower(): v for k, v in case["options"].items()}
     schedule = {name: options.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in options}

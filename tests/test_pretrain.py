@@ -1,10 +1,8 @@
 """Training of the shipped networks: resumable to the same bits, and cards that describe what is shipped."""
 
-import contextlib
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -133,23 +131,38 @@ def test_a_start_that_does_not_fit_is_refused(assets, tmp_path, start, change, m
 
 
 def test_learning_rate_warms_up_stays_and_decays():
-    training = dict(learning_rate=1.0, warmup_steps=10, images=1000, decay_images=400, batch_size=10)
-    course = pretrain._ByImages(training)
-    rates = [pretrain._learning_rate(step, course.decayed(step), training) for step in range(100)]
+    training = dict(learning_rate=1.0, warmup_steps=10)
+    rates = [pretrain.learning_rate(training, step, step, 100, 40) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1
     assert rates[80] == pytest.approx(0.5) and rates[99] < 0.01
 
 
-def test_learning_rate_falls_over_the_share_of_the_minutes(monkeypatch):
-    training = dict(learning_rate=1.0, warmup_steps=1, images=1000, decay_images=400, batch_size=10)
-    now = [100.0]
+def test_by_the_clock_the_learning_rate_falls_over_the_share_of_the_minutes(assets, tmp_path, monkeypatch):
+    """The recipe's last half of the images is the last half of the time, whatever a step takes."""
+    now, real, rates = [0.0], pretrain.learning_rate, []
+
+    def noted(*args):
+        now[0] += 1.0
+        rates.append(real(*args))
+        return rates[-1]
+
     monkeypatch.setattr(pretrain.time, "monotonic", lambda: now[0])
-    course, rates = pretrain._ByTime(training, 2), []
-    while not course.over(0):
-        rates.append(pretrain._learning_rate(0, course.decayed(0), training))
-        now[0] += 1
-    assert len(rates) == 120 and rates[0] == rates[71] == 1
-    assert rates[96] == pytest.approx(0.5) and 0 < rates[119] < 0.01
+    monkeypatch.setattr(pretrain, "learning_rate", noted)
+    pretrain.train_network("toy", tmp_path / "out", minutes=0.5)
+    assert len(rates) == 30 and rates[1] == rates[14] == 1e-2
+    assert rates[22] == pytest.approx(5e-3, rel=0.2) and 0 < rates[29] < 1e-3
+
+
+def test_two_trainings_of_one_network_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
+    def second(weights):
+        with pytest.raises(UserError, match="another process trains it: wait, or give another folder"):
+            pretrain.train_network("toy", tmp_path / "out")
+        seen.append(pretrain.train_network("toy", tmp_path / "elsewhere"))
+
+    seen = []
+    pretrain.train_network("toy", tmp_path / "out", saved=second)
+    assert len(seen) == 1
+    pretrain.train_network("toy", tmp_path / "out")  # afterwards it is free again
 
 
 def test_diverging_training_stops_with_its_step(assets, tmp_path, monkeypatch):
@@ -256,39 +269,6 @@ def test_weights_pass_in_parts_and_are_joined_by_their_checksum(assets, tmp_path
         pretrain.join("toy", tmp_path / "parts", tmp_path / "joined")
     with pytest.raises(UserError, match="tyo.json is absent"):
         pretrain.join("tyo", tmp_path / "parts", tmp_path / "joined")
-
-
-def test_a_compiler_that_fails_is_one_line_and_the_loss_as_it_was(monkeypatch, capsys):
-    model = torch.nn.Linear(2, 1)
-
-    def loss(model, x):
-        return model(x).sum()
-
-    def broken(*args, **kwargs):
-        raise RuntimeError("no compiler here\nand more")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    chosen = pretrain._faster(loss, model, (torch.ones(4, 2),), contextlib.nullcontext, torch.device("cpu"))
-    assert chosen is loss and model.weight.grad is None
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_compiled_loss_is_chosen_if_it_is_faster(monkeypatch):
-    model, calls = torch.nn.Linear(2, 1), []
-
-    def slow(model, x):
-        time.sleep(0.01)
-        return model(x).sum()
-
-    def fast(model, x):
-        calls.append(1)
-        return model(x).sum()
-
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fast)
-    arguments = model, (torch.ones(4, 2),), contextlib.nullcontext, torch.device("cpu")
-    assert pretrain._faster(slow, *arguments) is fast and calls
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: slow)
-    assert pretrain._faster(fast, *arguments) is fast
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])

@@ -131,8 +131,8 @@ def test_digest_of_array_and_file(tmp_path):
 
 
 def test_miss_computes_and_hit_does_not(store, lines):
-    artifact = store.artifact("train", 1, CONFIG, label="member 1").compute(numbers)
-    again = store.artifact("train", 1, CONFIG, label="member 1").compute(forbidden)
+    artifact = store.artifact("train", 1, CONFIG, label="member 1").ensure(numbers)
+    again = store.artifact("train", 1, CONFIG, label="member 1").ensure(forbidden)
     assert [line.split()[0] for line in lines] == ["MISS", "HIT"]
     assert lines[0] == f"MISS train {artifact.digest[:16]} (member 1): nothing stored yet"
     assert (again.path / "sub" / "note.txt").read_text() == "hello"
@@ -158,15 +158,15 @@ def test_not_computed_says_so(store):
 def test_miss_names_what_changed_against_the_closest(store, change, words):
     base = dict(version=1, config=CONFIG, inputs={"images": "a" * 64})
     for version in (7, 28):  # stored before and after it in the order of their names
-        store.artifact("generate", version, {"nothing": "alike"}).compute(numbers)
-    store.artifact("generate", **base).compute(numbers)
-    store.artifact("train", **(base | change)).compute(numbers)  # another step is never the closest
+        store.artifact("generate", version, {"nothing": "alike"}).ensure(numbers)
+    store.artifact("generate", **base).ensure(numbers)
+    store.artifact("train", **(base | change)).ensure(numbers)  # another step is never the closest
     assert store.artifact("generate", **(base | change)).status() == (False, words)
 
 
 def test_miss_names_a_member_of_a_list(store):
     members = [{"learning_rate": 3e-4, "epochs": 60}, {"learning_rate": 1e-3, "epochs": 40}]
-    store.artifact("train", 1, {"members": members}).compute(numbers)
+    store.artifact("train", 1, {"members": members}).ensure(numbers)
     changed = store.artifact("train", 1, {"members": [members[0], members[1] | {"epochs": 41}]})
     assert changed.status().reason == "config.members.1.epochs 40 -> 41"
 
@@ -174,12 +174,12 @@ def test_miss_names_a_member_of_a_list(store):
 @pytest.mark.parametrize("name", ["a.npy", "sub/note.txt", "manifest.json"])
 @pytest.mark.parametrize("damage", [flip_bit, truncate, empty, foreign, remove])
 def test_damaged_file_is_quarantined_and_computed_again(store, lines, damage, name):
-    artifact = store.artifact("train", 1, CONFIG).compute(numbers)
+    artifact = store.artifact("train", 1, CONFIG).ensure(numbers)
     digest = digest_of_file(artifact.path / "a.npy")
     damage(artifact.path / name)
     damaged = (artifact.path / name).read_bytes() if damage is not remove else None
     assert not artifact.status().hit
-    store.artifact("train", 1, CONFIG).compute(numbers)
+    store.artifact("train", 1, CONFIG).ensure(numbers)
     kept = store.root / "quarantine" / f"{artifact.name}.0" / name
     assert (kept.read_bytes() if kept.exists() else None) == damaged
     assert digest_of_file(artifact.path / "a.npy") == digest and artifact.status().hit
@@ -189,10 +189,10 @@ def test_damaged_file_is_quarantined_and_computed_again(store, lines, damage, na
 def test_second_quarantine_keeps_the_first(store):
     artifact, kept = store.artifact("train", 1, CONFIG), store.root / "quarantine"
     for i in range(3):
-        truncate(artifact.compute(numbers).path / "a.npy")
+        truncate(artifact.ensure(numbers).path / "a.npy")
         if i == 2:
             (kept / f"{artifact.name}.0").rename(kept / "examined")
-    artifact.compute(numbers)
+    artifact.ensure(numbers)
     assert sorted(path.name for path in kept.iterdir()) == ["examined"] + [f"{artifact.name}.{i}" for i in (0, 1)]
 
 
@@ -203,17 +203,17 @@ def test_foreign_thing_in_an_artifacts_place_is_quarantined(store, lines, place)
     for path in (artifact.path, fakes.artifact.path / "shard_00000"):
         path.parent.mkdir(parents=True)
         place(path)
-    assert artifact.compute(numbers).status().hit and len(fakes.ensure(5, rows_of, progress=False).load(5, "seed")) == 5
+    assert artifact.ensure(numbers).status().hit and len(fakes.ensure(5, rows_of, progress=False).load(5, "seed")) == 5
     assert sum(line.startswith("QUARANTINED") for line in lines) == 2
     assert all(path.is_symlink() or path.read_text() == "mine" for path in (store.root / "quarantine").iterdir())
 
 
 @pytest.mark.parametrize("blocked", ["a.npy", "manifest.json"])
 def test_folder_in_a_files_place_is_quarantined(store, lines, blocked):
-    path = store.artifact("train", 1, CONFIG).compute(numbers).path / blocked
+    path = store.artifact("train", 1, CONFIG).ensure(numbers).path / blocked
     path.unlink()
     path.mkdir()
-    assert store.artifact("train", 1, CONFIG).compute(numbers).status().hit
+    assert store.artifact("train", 1, CONFIG).ensure(numbers).status().hit
     assert any(line.startswith("QUARANTINED") and blocked in line for line in lines)
 
 
@@ -236,7 +236,7 @@ def test_damaged_state_of_unfinished_work_is_quarantined_and_the_work_begun_agai
 
 
 def test_artifact_of_another_identity_is_not_used(store):
-    one = store.artifact("train", 1, CONFIG).compute(numbers)
+    one = store.artifact("train", 1, CONFIG).ensure(numbers)
     two = store.artifact("train", 2, CONFIG)
     os.rename(one.path, two.path)
     assert "another artifact's" in two.status().reason
@@ -248,7 +248,7 @@ def test_failing_step_leaves_nothing(store):
         raise KeyError("broken step")
 
     with pytest.raises(KeyError, match="broken step"):
-        store.artifact("train", 1, CONFIG).compute(fail)
+        store.artifact("train", 1, CONFIG).ensure(fail)
     assert list((store.root / "train").iterdir()) == []
 
 
@@ -366,7 +366,7 @@ def test_what_is_not_stored_is_never_a_hit(one, other):
     """An identity hits what was stored under its own meaning, and nothing else."""
     with tempfile.TemporaryDirectory() as root:
         store = Store(root, lambda line: None)
-        store.artifact("train", 1, {"x": one}).compute(lambda folder: None)
+        store.artifact("train", 1, {"x": one}).ensure(lambda folder: None)
         hit, reason = store.artifact("train", 1, {"x": other}).status()
         assert hit == (canonical_json(one) == canonical_json(other)) and not (hit and reason)
 
@@ -384,7 +384,7 @@ def meaning(name, content):
        change=st.integers(0, 4))
 def test_any_change_of_any_byte_is_found(name, where, change):
     with tempfile.TemporaryDirectory() as root:
-        artifact = Store(root, lambda line: None).artifact("train", 1, CONFIG).compute(numbers)
+        artifact = Store(root, lambda line: None).artifact("train", 1, CONFIG).ensure(numbers)
         path = artifact.path / name
         whole = path.read_bytes()
         at = where * len(whole) // 10**6  # a manifest's length varies with the time of day
@@ -394,7 +394,7 @@ def test_any_change_of_any_byte_is_found(name, where, change):
         path.write_bytes(changed)
         same = meaning(name, changed) == meaning(name, whole)
         assert artifact.status().hit == same
-        artifact.compute(numbers)
+        artifact.ensure(numbers)
         assert artifact.status().hit and len(list(Path(root).glob("quarantine/*"))) == (not same)
 
 
@@ -515,7 +515,7 @@ def make(folder):
     print("computing", flush=True)
     time.sleep(float(sys.argv[2]))
     (folder / "x").write_text("x")
-Store(sys.argv[1]).artifact("train", 1, {}).compute(make)
+Store(sys.argv[1]).artifact("train", 1, {}).ensure(make)
 """
     killed = run_python(code, tmp_path, 60)
     assert killed.stdout.readline() == "computing\n"
@@ -532,7 +532,7 @@ Store(sys.argv[1]).artifact("train", 1, {}).compute(make)
 def test_unwritable_root_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("in the way")  # permissions would not stop root; a file does
     root = tmp_path / "file" / "runs"
-    for use in (lambda a: a.compute(numbers), lambda a: a.shards(10).ensure(5, rows_of, progress=False)):
+    for use in (lambda a: a.ensure(numbers), lambda a: a.shards(10).ensure(5, rows_of, progress=False)):
         with pytest.raises(UserError, match=f"cannot read and write under {root} .*not a directory") as error:
             use(Store(root, log=lambda line: None).artifact("train", 1, {}))
         assert "\n" not in str(error.value)
@@ -546,12 +546,12 @@ if os.geteuid() == 0:
     os.setuid(65534)  # nobody: permissions do not stop root
 try:
     for version in (1, 2):
-        Store(os.environ["ROOT"]).artifact("train", version, {}).compute(lambda folder: None)
+        Store(os.environ["ROOT"]).artifact("train", version, {}).ensure(lambda folder: None)
 except ValueError as error:
     print(error)
 """
     with tempfile.TemporaryDirectory() as root:  # not below pytest's folder, which is closed to others
-        Store(root, log=lambda line: None).artifact("train", 1, {}).compute(numbers)
+        Store(root, log=lambda line: None).artifact("train", 1, {}).ensure(numbers)
         folders = [Path(root), *(Path(root) / name for name in ("train", "locks"))]
         for folder in folders:
             folder.chmod(0o555)
@@ -580,7 +580,7 @@ def test_full_disk_is_one_clear_line_and_what_was_done_stays(store, monkeypatch,
 
 def test_errors_of_the_step_itself_pass(store):
     with pytest.raises(FileNotFoundError):
-        store.artifact("train", 1, {}).compute(lambda folder: Path("/no/such/file").read_text())
+        store.artifact("train", 1, {}).ensure(lambda folder: Path("/no/such/file").read_text())
 
 
 def test_write_file_replaces_whole(tmp_path):

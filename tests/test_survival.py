@@ -100,7 +100,7 @@ def fill(folder):
 
 
 def compute(write):
-    return lambda disk: Store(disk / "store").artifact("new", 1, {}).compute(write)
+    return lambda disk: Store(disk / "store").artifact("new", 1, {}).ensure(write)
 
 
 def record(disk):
@@ -129,7 +129,7 @@ WRITERS = {
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
 def test_full_disk_is_one_line_and_what_is_done_stays(small_disk, writer):
     store = Store(small_disk / "store")
-    done = store.artifact("done", 1, {}).compute(lambda folder: save_array(folder / "x.npy", np.arange(99)))
+    done = store.artifact("done", 1, {}).ensure(lambda folder: save_array(folder / "x.npy", np.arange(99)))
     fill(small_disk)
     with pytest.raises(UserError, match=f"^no space left under {small_disk}.*: free some and run again; what is done"
                                         " is kept$"):

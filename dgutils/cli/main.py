@@ -42,12 +42,6 @@ def _profile(default, text="notebooks/profiles/PROFILE.yaml"):
     return click.option("--profile", default=default, show_default=True, callback=_name, help=text)
 
 
-def _overrides(texts):
-    from dgutils.pipeline.notebooks import parse_override
-
-    return dict(map(parse_override, texts))
-
-
 SET = click.option("--set", multiple=True, metavar="NAME=VALUE ...", help="Change a parameter.")
 commands = click.Group("dgutils", help=__doc__, no_args_is_help=False, context_settings={"max_content_width": 120})
 command = commands.command(cls=Command)
@@ -61,9 +55,10 @@ command = commands.command(cls=Command)
 def reproduce(profile, only, set, cell_timeout):
     """Run the notebooks of a profile and print the result table."""
     from dgutils.pipeline.notebooks import run_profile
+    from dgutils.pipeline.parameters import parse_overrides
     from dgutils.results.records import print_summary
 
-    run_profile(profile, only or None, _overrides(set), cell_timeout)
+    run_profile(profile, only or None, parse_overrides(set), cell_timeout)
     if not only:
         print_summary(profile)
 
@@ -72,16 +67,20 @@ def reproduce(profile, only, set, cell_timeout):
 @_profile("quick")
 @click.option("--nproc", type=int, help="Start so many ranks on this machine [be one of torchrun's].")
 @click.option("--timeout", type=float, default=360, callback=_minutes, help="Minutes that ranks wait [360].")
+@click.option("--minutes", type=float, callback=_minutes, help="End after so long, between shards, epochs or scores.")
 @SET
-def work(profile, nproc, timeout, set):
+def work(profile, nproc, timeout, minutes, set):
     """Compute what a profile's notebooks will ask for, as one rank or as several."""
-    from dgutils.pipeline import distributed, notebooks
+    from dgutils.pipeline import launching, parameters
+    from dgutils.pipeline.work import work
 
+    overrides = parameters.parse_overrides(set)
     if nproc is None:
-        return distributed.work(profile, _overrides(set), timeout)
-    notebooks.every_parameter(profile, _overrides(set))  # what is wrong with them is said before any rank starts
+        return work(profile, overrides, timeout, minutes)
+    parameters.load(profile, overrides)  # what is wrong with them is said before any rank starts
     again = ["-m", "dgutils", "work", "--profile", profile, "--timeout", str(timeout)]
-    distributed.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
+    again += ["--minutes", str(minutes)] if minutes else []
+    launching.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
 
 
 @command
@@ -109,9 +108,9 @@ def fetch(profile, name):
     """Download the published weights that a profile needs, or only the NAMEs of dgutils/assets/registry.yaml."""
     from dgutils import datasets
     from dgutils.networks import weights
-    from dgutils.pipeline.notebooks import every_parameter
+    from dgutils.pipeline.parameters import load
 
-    parameters = every_parameter(profile)
+    parameters = load(profile).model_dump()
     names = name or weights.mentioned(parameters)
     weights.fetch(names)
     for split in () if name else ("train", "test"):
@@ -135,35 +134,12 @@ def inspect(file):
 
 
 @command
-@_profile("rehearsal")
-def stand_ins(profile):
-    """Write random stand-ins for a profile's published weights to $DGUTILS_WEIGHTS."""
-    from dgutils.networks import weights
-    from dgutils.networks.standins import write_stand_ins
-    from dgutils.pipeline.notebooks import every_parameter
-
-    write_stand_ins(weights.weights_dir(), weights.mentioned(every_parameter(profile)))
-    print(f"{weights.weights_dir()}: random stand-ins for the published weights")
-
-
-@command
 @_profile("quick")
 def doctor(profile):
     """Say whether everything is here that a profile needs."""
     from dgutils.cli.doctor import run
 
     return run(profile)
-
-
-@command
-@click.argument("key")
-@_profile(None, "Whose results [cifar10 if there are any, else quick].")
-def trace(key, profile):
-    r"""Say where a number, figure or table comes from: KEY as in \res{KEY}, figure:NN_slug or table:name."""
-    from dgutils.results.records import load_results, profile_to_report
-    from dgutils.results.trace import describe
-
-    print(describe(load_results(profile_to_report(profile)), key))
 
 
 @command

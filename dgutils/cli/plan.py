@@ -1,30 +1,34 @@
 """`make plan`: what a profile would compute, download and take up, found out without running any of it.
 
-The steps are named by the very code that runs them, on a store that computes nothing (`Store.dry`). Times come
+The steps are named by the notebooks' own cells, which are run up to their arms. Times come
 from a few seconds of the profile's own networks on this machine, with random weights where theirs are absent.
 """
 
 import math
 import textwrap
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dgutils.discriminator import Ensemble, init_head, train_discriminators
+from dgutils.discriminator import Ensemble
 from dgutils.errors import UserError
 from dgutils.guidance import grad_log_density_ratio
 from dgutils.networks import checkpoints, weights
-from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.adm import EncoderUNet, init_head
 from dgutils.networks.edm import Denoiser
 from dgutils.noise import karras_sigmas, sigma_to_vp_time
-from dgutils.pipeline import jobs, notebooks
-from dgutils.pipeline.jobs import ImageSet, RealSet
-from dgutils.pipeline.store import Artifact, ShardedSet, provenance
-from dgutils.pipeline.study import Study
+from dgutils.pipeline import jobs
+from dgutils.pipeline.experiment import Score
+from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Trained, Training
+from dgutils.pipeline.parameters import Parameters
+from dgutils.pipeline.store import provenance
+from dgutils.pipeline.work import Declared, needed
 from dgutils.sampler import network_denoiser, nfe
+from dgutils.training import Split, TrainingSettings, train_discriminators
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
 MISSING = ", nor features whose network is absent"
@@ -48,35 +52,34 @@ class Step:
     disk: int = 0  # bytes
 
 
-def _guided_steps(config: dict) -> int:
+def _guided_steps(sampling: Sampling, guide: Guidance | None) -> int:
     """Gradients of log r that an image costs: one for each order with a weight, at each step inside the window."""
-    guidance = config["guidance"]
-    if not guidance or config["sampler"] != "heun":
+    if not guide or sampling.sampler != "heun":
         return 0
-    times = sigma_to_vp_time(karras_sigmas(*(config[k] for k in ("num_steps", "sigma_min", "sigma_max", "rho")))[:-1])
-    inside = ((times >= guidance["time_min"]) & (times <= guidance["time_max"])).numpy()
-    first = inside.sum() if guidance["weight_1st_order"] else 0
-    return int(first + (inside[1:].sum() if guidance["weight_2nd_order"] else 0))
+    sigmas = karras_sigmas(sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)[:-1]
+    times = sigma_to_vp_time(sigmas)
+    inside = ((times >= guide.time_min) & (times <= guide.time_max)).numpy()
+    return int(inside.sum() * bool(guide.weight_1st_order) + inside[1:].sum() * bool(guide.weight_2nd_order))
 
 
-def _images(study: Study, arms: list[ImageSet | RealSet], spaces: dict[str, list[str]]) -> Step:
+def _images(arms: list[ImageSet | RealSet], scores: dict[str, list[Score]]) -> Step:
     """What image sets cost that are the same images, of different numbers: the largest, and the features of each.
 
-    spaces: a set's digest -> the feature spaces that it is scored in.
+    scores: a set's digest -> what its features are wanted for.
     """
     arm, missing, cost, disk = max(arms, key=lambda arm: arm.n), [], {}, 0
-    if isinstance(arm, ImageSet) and (lacking := arm.rows.missing(arm.n)):
-        config, count = arm.rows.artifact.identity["config"], len(lacking) * arm.rows.shard_size
-        evaluations = nfe(config["num_steps"]) if config["sampler"] == "heun" else config["num_steps"]
-        several = bool(config["guidance"]) and len(config["guidance"]["members"]) > 1
-        cost = {"score": count * evaluations * (2 if config["cfg_network"] else 1),
-                "gradients" if several else "gradient": count * _guided_steps(config)}  # fmt: skip
-        disk = count * math.prod(checkpoints.image_shape(config["score_network"]))
+    if arm.lacks:
+        sampling, guide, count = arm.sampling, arm.guide, len(arm.rows.missing(arm.n)) * arm.rows.shard_size
+        evaluations = nfe(sampling.num_steps) if sampling.sampler == "heun" else sampling.num_steps
+        several = bool(guide) and len(guide.members) > 1
+        cost = {"score": count * evaluations * (2 if sampling.cfg_network else 1),
+                "gradients" if several else "gradient": count * _guided_steps(sampling, guide)}  # fmt: skip
+        disk = count * math.prod(checkpoints.image_shape(sampling.score_network))
         missing.append(arm.rows.status(arm.n).reason)
     features: dict[str, int] = {}
     for part in arms:
-        for space in spaces.get(part.digest, []):
-            rows = jobs.feature_rows(study.store, part, space)
+        for space, store in {score.space: score.artifact.store for score in scores.get(part.digest, [])}.items():
+            rows = jobs.feature_rows(store, part, space)
             if count := len(rows.missing(part.n)) * rows.shard_size:
                 features[space] = features.get(space, 0) + count
                 disk += 4 * DIMENSIONS.get(space.split("@")[0], 512) * count
@@ -85,37 +88,39 @@ def _images(study: Study, arms: list[ImageSet | RealSet], spaces: dict[str, list
     return Step(arm.label, arm.n, tuple(missing), features=features, disk=disk, **cost)
 
 
-def _training(artifact: Artifact) -> Step:
-    status, config = artifact.status(), artifact.identity["config"]
-    images = 2 * config["num_real"] * (config["held_out_every"] - 2) // config["held_out_every"]
-    epochs = {member["name"]: member["epochs"] for member in config["members"]}
-    label = f"training: {artifact.label}, " + ", ".join(f"{name} {n}" for name, n in epochs.items()) + " epochs"
-    work = 0 if status.hit else images * sum(epochs.values())
-    return Step(label, images, () if status.hit else (status.reason,), train=work)
+def _training(trained: Trained) -> Step:
+    status, config = trained.artifact.status(), trained.config
+    images = 2 * config.num_real * (config.held_out_every - 2) // config.held_out_every
+    epochs = ", ".join(f"{member.name} {member.epochs}" for member in config.members)
+    label = f"training: {trained.artifact.label}, {epochs} epochs"
+    if status.hit:
+        return Step(label, images)
+    return Step(label, images, (status.reason,), train=images * sum(member.epochs for member in config.members))
 
 
-def steps(parameters: dict) -> list[Step]:
+def steps(declared: Declared) -> list[Step]:
     """Every artifact of a profile's notebooks that costs more than seconds, each once: what they train, then draw."""
-    study = Study.from_parameters(parameters)
-    study.__dict__["store"] = store = jobs.open_store(study.profile, dry=True)
     sets: dict[tuple, dict] = {}  # equal images -> {number of them: the set}, in the order of the notebooks
-    spaces: dict[str, list[str]] = {}
-    everywhere = [(real, space) for real in (study.reference, study.other_reference) for space in study.feature_spaces]
-    for trained in study.looked_into():
-        trained.ensure()
-    for arm, space in everywhere + study.scored(parameters):
-        if isinstance(arm, ImageSet) and arm.rows.missing(arm.n) and not study.lacks(arm, space):
+    scores: dict[str, list[Score]] = {}
+    trainings = {item.digest: item for item in declared.made if isinstance(item, Trained)}
+    lacking = [score for score in declared.scored if score.lacks]
+    wanted = [item for item in declared.made if isinstance(item, ImageSet)]
+    for score in declared.scored:
+        if not score.lacks and getattr(score.images, "lacks", False):
             continue  # its scores are kept
-        arm.ensure()
+        for images in (score.reference, score.images):
+            wanted.append(images)
+            scores.setdefault(images.digest, []).append(score)
+    for item in needed([score.images for score in lacking] + declared.made):
+        if isinstance(item, Trained):
+            trainings[item.digest] = item
+    for arm in wanted:
         key = (arm.rows.artifact.digest, arm.seeds.start) if isinstance(arm, ImageSet) else (arm.digest,)
         sets.setdefault(key, {}).setdefault(arm.n, arm)
-        spaces.setdefault(arm.digest, []).append(space)
-    learnt = {rows.artifact.digest: ImageSet(rows.artifact.label, n, rows)
-              for rows, n in store.asked if isinstance(rows, ShardedSet)
-              and (rows.artifact.digest, rows.first_seed) not in sets}  # fmt: skip
-    trainings = {what.digest: what for what, _ in store.asked if isinstance(what, Artifact)}
-    return [*(_images(study, [fakes], {}) for fakes in learnt.values()), *map(_training, trainings.values()),
-            *(_images(study, list(arms.values()), spaces) for arms in sets.values())]  # fmt: skip
+    learnt = {images.rows.artifact.digest: images for trained in trainings.values() for images in trained.sources
+              if (images.rows.artifact.digest, images.seeds.start) not in sets}
+    return [*(_images([images], {}) for images in learnt.values()), *map(_training, trainings.values()),
+            *(_images(list(arms.values()), scores) for arms in sets.values())]  # fmt: skip
 
 
 # ---- how fast is this machine ------------------------------------------------------------
@@ -151,13 +156,13 @@ def _network(name: str, load, architecture):
         return network.to(memory_format=torch.channels_last)  # as checkpoints loads them
 
 
-def rates(study: Study) -> dict[str, float]:
+def rates(p: Parameters, training: Training) -> dict[str, float]:
     """Seconds an image of each kind of work (the fields of `Step`), measured here."""
-    device, precision = jobs.device(), jobs.resolve_precision(study.precision)
-    denoiser = _network(study.score_network, checkpoints.load_denoiser, Denoiser).to(device)
-    extractor = _network(study.feature_extractor, checkpoints.load_feature_extractor, EncoderUNet).to(device)
-    head = jobs.head_config(study.feature_extractor, study.head_width, study.head_blocks, study.head_channels)
-    size = study.batch_size
+    device, precision = jobs.device(), jobs.resolve_precision(p.precision)
+    denoiser = _network(p.score_network, checkpoints.load_denoiser, Denoiser).to(device)
+    extractor = _network(p.feature_extractor, checkpoints.load_feature_extractor, EncoderUNet).to(device)
+    head = training.head
+    size = p.batch_size
     x = torch.zeros(size, *denoiser.shape, dtype=torch.float64, device=device)
     sigma, denoise = torch.ones(size, dtype=torch.float64, device=device), network_denoiser(denoiser, precision)
 
@@ -166,16 +171,17 @@ def rates(study: Study) -> dict[str, float]:
         ensemble = Ensemble(extractor, heads, "mean_logit").to(device)
         return _seconds(lambda n: grad_log_density_ratio(ensemble, x[:n], sigma[:n], precision), size)
 
-    batch = study.discriminator_batch_size
+    batch = p.discriminator_batch_size
     pixels = np.zeros((2 * batch, *denoiser.shape[1:], denoiser.shape[0]), np.uint8)
-    labels, member = np.tile([0, 1], batch), [replace(study.training().members[0], epochs=1)]
+    labels, member = np.tile([0, 1], batch), (replace(training.members[0], epochs=1),)
 
     def train(pairs):
-        train_discriminators(extractor, head, pixels[: 2 * pairs], labels[: 2 * pairs], pixels[:2], labels[:2], member,
-                             min(2 * pairs, batch), 0, precision)  # fmt: skip
+        learn, validate = (Split(pixels[:n], labels[:n]) for n in (2 * pairs, 2))
+        settings = TrainingSettings(member, min(2 * pairs, batch), precision=precision)
+        train_discriminators(extractor, partial(init_head, head, 0), learn, validate, settings)
 
     return {"score": _seconds(lambda n: denoise(x[:n], sigma[:n], 0, 1), size), "gradient": gradient(1),
-            "gradients": gradient(len(study.member_names)),
+            "gradients": gradient(len(p.member_names)),
             "train": _seconds(train, batch, min(4, batch)) / 2}  # fmt: skip
 
 
@@ -206,14 +212,13 @@ def counted(number: int) -> str:
 
 def show(profile: str) -> None:
     """Print the plan of a profile. Runs nothing of it."""
-    parameters = notebooks.every_parameter(profile)
-    study = Study.from_parameters({field.name: parameters[field.name] for field in fields(Study)})
-    listed = steps(parameters)
+    declared = Declared(profile)
+    p, listed = declared.parameters, steps(declared)
     for _ in tqdm(range(1), desc="timing this machine", leave=False):
-        rate = rates(study)
-        by_space = {space: _feature_rate(space, checkpoints.image_shape(study.score_network))
-                    for space in study.feature_spaces}  # fmt: skip
-    files = weights.status(weights.mentioned(parameters))
+        rate = rates(p, declared.experiments[0].training())
+        by_space = {space: _feature_rate(space, checkpoints.image_shape(p.score_network))
+                    for space in p.feature_spaces}  # fmt: skip
+    files = weights.status(weights.mentioned(p.model_dump()))
     print(f"Plan of profile {profile}; nothing is run.\n\nFiles ({weights.weights_dir()})")
     for file in files:
         print(f"  {file.published.file:<36} {file.bytes / 1e6:8.1f} MB  {file.state}")
@@ -234,7 +239,7 @@ def show(profile: str) -> None:
               f"{duration(seconds) if step.missing else '':>8}  {'; '.join(step.missing)}".rstrip())  # fmt: skip
     sums = {name: sum(getattr(step, name) for step in listed) for name in ("score", "gradient", "gradients", "disk")}
     speeds = [f"{1 / rate['score']:.3g} score evaluations/s", f"{1 / rate['gradient']:.3g} gradients/s by one "
-              f"discriminator, {1 / rate['gradients']:.3g} by {len(study.member_names)}",
+              f"discriminator, {1 / rate['gradients']:.3g} by {len(p.member_names)}",
               f"{1 / rate['train']:.3g} images/s through one head in training"]  # fmt: skip
     print(f"\nIn all: {sums['score']:,} score network evaluations, {sums['gradient'] + sums['gradients']:,} gradients "
           f"of log r, {sums['disk'] / 1e9:.2f} GB of disk, about {duration(total)} on {provenance()['device']},\n"

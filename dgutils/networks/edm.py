@@ -4,7 +4,9 @@ One class at every scale: `assets/registry.yaml` has the arguments of NVIDIA's n
 others. Parameter names follow NVlabs' release, so that its weights load unchanged.
 """
 
+import functools
 import math
+import sys
 
 import torch
 from torch import nn
@@ -131,28 +133,77 @@ class _Affine(torch.autograd.Function):
         return by_x, by_scale, by_shift
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation that is fast for channels-last tensors, where torch's CPU kernel is 5-10x slower.
+def _scale_and_shift(sums, squares, size, groups, weight, bias, eps):
+    """What normalises x is x scale + shift: both [N, C], from sums over `size` positions, of x and x^2, each [N, C]."""
+    n, c = sums.shape
+    size = size * (c // groups)
+    mean = sums.view(n, groups, -1).sum(2) / size  # [N, G]
+    var = squares.view(n, groups, -1).sum(2) / size - mean**2
+    scale = (var.clamp(min=0) + eps).rsqrt().repeat_interleave(c // groups, 1) * weight  # [N, C]
+    return scale, bias - mean.repeat_interleave(c // groups, 1) * scale
 
-    Statistics in float32 (or better) from sums over positions, then one multiply-add in the input's dtype.
+
+def norm_rows(x, groups, weight, bias, eps, silu):
+    """Group normalisation of x [N, HW, C], and SiLU after it if asked: float32 or better inside, the result like x.
+
+    weight and bias: [C], or [N, C]. One read for the sums and one read and write: made to be compiled.
+    """
+    rows = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale, shift = _scale_and_shift(rows.sum(1), (rows * rows).sum(1), x.shape[1], groups, weight, bias, eps)
+    y = rows * scale[:, None] + shift[:, None]
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+@functools.cache
+def _compiled_norm():
+    """`norm_rows` compiled for tensors of any size, which takes seconds; None, and one line, where that fails."""
+    try:
+        torch._dynamo.config.recompile_limit = 64  # types, with and without gradients or SiLU: each its own kernels
+        compiled = torch.compile(norm_rows, dynamic=True)
+        x, weight = torch.ones(2, 16, 64, device="cuda", requires_grad=True), torch.ones(64, device="cuda")
+        compiled(x, 16, weight, weight, 1e-5, True).sum().backward()
+        return compiled
+    except Exception as error:  # no compiler, an old card, a new driver: torch's own norm works on all
+        why = str(error).strip().partition("\n")[0][:100]
+        print(f"group norm is not compiled ({type(error).__name__}: {why}): slower", file=sys.stderr)
+        return None
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that is fast for channels-last tensors, where torch's kernels are slow or copy to and fro.
+
+    Statistics in float32 (or better) from sums over positions, then one multiply-add, in the input's dtype on a CPU.
     """
 
-    def __init__(self, channels, eps=1e-6):
-        # At most 32 groups of at least 4 channels (a group of one channel would erase its mean); every
-        # published width gets the published 32.
+    def __init__(self, channels, eps=1e-6, groups=None):
+        # EDM's own: at most 32 groups of at least 4 channels (a group of one channel would erase its mean).
         largest = max(1, min(32, channels // 4))
-        super().__init__(next(g for g in range(largest, 0, -1) if channels % g == 0), channels, eps)
+        super().__init__(groups or next(g for g in range(largest, 0, -1) if channels % g == 0), channels, eps)
 
-    def forward(self, x):
-        if not x.is_contiguous(memory_format=torch.channels_last) or x.is_cuda:
-            return super().forward(x)
-        n, c, height, width = x.shape
-        g, size = self.num_groups, height * width * (c // self.num_groups)
+    def forward(self, x, silu=False, adapt=None):
+        """x [N, C, H, W], normalised; with adapt = (s, t), each [N, C], then y (1 + s) + t; with silu, then SiLU."""
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        if x.is_cuda and channels_last and (compiled := _compiled_norm()):
+            return self._by_rows(compiled, x, silu, adapt)
+        y = self._on_cpu(x) if channels_last and not x.is_cuda else super().forward(x)
+        if adapt:
+            scale, shift = (part[:, :, None, None] for part in adapt)
+            y = torch.addcmul(shift, y, 1 + scale)
+        return F.silu(y) if silu else y
+
+    def _by_rows(self, norm, x, silu, adapt):
+        weight, bias = self.weight.view(-1), self.bias.view(-1)  # of parameters the compiler would fix the sizes
+        with torch.autocast(x.device.type, enabled=False):
+            if adapt:
+                scale, shift = (part.to(weight.dtype) for part in adapt)
+                weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+            rows = norm(x.permute(0, 2, 3, 1).flatten(1, 2), self.num_groups, weight, bias, self.eps, silu)
+        return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def _on_cpu(self, x):
         sums, squares = _Moments.apply(x)
-        mean = sums.view(n, g, -1).sum(2) / size  # [N, G]
-        var = squares.view(n, g, -1).sum(2) / size - mean**2
-        scale = (var.clamp(min=0) + self.eps).rsqrt().repeat_interleave(c // g, 1) * self.weight  # [N, C]
-        shift = self.bias - mean.repeat_interleave(c // g, 1) * scale
+        scale, shift = _scale_and_shift(sums, squares, x[0, 0].numel(), self.num_groups, self.weight, self.bias,
+                                        self.eps)  # fmt: skip
         return _Affine.apply(x, scale.to(x.dtype), shift.to(x.dtype))
 
 
@@ -180,8 +231,8 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(fan_out, fan_out, 1, gain=1e-5)
 
     def forward(self, x, emb):
-        h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        h = self.conv0(self.norm0(x, silu=True))
+        h = self.norm1(h + self.affine(emb)[:, :, None, None], silu=True)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.attention:
@@ -319,9 +370,9 @@ class SongUNet(nn.Module):
             if name.endswith("aux_up"):
                 total = block(total)
             elif name.endswith("aux_norm"):
-                normed = block(x)
+                normed = block(x, silu=True)
             elif name.endswith("aux_conv"):
-                total = total + block(F.silu(normed))
+                total = total + block(normed)
             else:
                 x = block(x if x.shape[1] == block.in_channels else torch.cat([x, skips.pop()], dim=1), emb)
         return total

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +19,39 @@ import torch
 from tqdm import tqdm
 
 from dgutils import datasets, metrics
-from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits, init_head, train_discriminators
+from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits
 from dgutils.errors import UserError
-from dgutils.guidance import GuidedDenoiser, check_settings
+from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
 from dgutils.networks import checkpoints
-from dgutils.networks.adm import EncoderUNet
+from dgutils.networks.adm import EncoderUNet, init_head
+from dgutils.networks.features import image_features, metric_name
 from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from dgutils.paths import results_dir, runs_dir
-from dgutils.pipeline import distributed
+from dgutils.pipeline import ranks
 from dgutils.pipeline.store import KEPT, Artifact, ShardedSet, Store, digest_of_json, log_line
 from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
+from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
 
 
-def open_store(profile: str, dry: bool = False) -> Store:
+def open_store(profile: str) -> Store:
     """The artifacts of a profile, under runs/<profile>/store. Results of different profiles never mix."""
-    log = (lambda line: None) if dry else log_line
-    return Store(runs_dir(profile) / "store", log, dry, results_dir(profile) / KEPT)
+    def log(line):
+        if ranks.group().main or line.startswith("QUARANTINED"):
+            log_line(line)
+
+    return Store(runs_dir(profile) / "store", log, results_dir(profile) / KEPT)
+
+
+def less_defaults(config) -> dict:
+    """The fields of a frozen config that differ from their defaults: its identity in the store.
+
+    A field that is added later, with a default that means what was done before, leaves all identities as they were;
+    a default, once there, does not change.
+    """
+    return {f.name: value for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default}
 
 
 def device() -> torch.device:
@@ -112,9 +126,7 @@ class Published:
         names = (self.feature_extractor, *self.discriminators)
         return digest_of_json([checkpoints.weights_digest(name) for name in names])
 
-    def ensure(self) -> "Published":
-        """They are there; see `Trained.ensure`."""
-        return self
+    trainings = ()  # nothing is to be trained
 
     def ensemble(self, members, rule: str, state: str) -> Ensemble:
         """Heads `members` on their extractor; they have one state only, "last"."""
@@ -144,10 +156,13 @@ class Guidance:
         check_settings(self.weight_1st_order, self.weight_2nd_order, self.time_min, self.time_max, self.boosting,
                        self.log_ratio)  # fmt: skip
 
+    def ensemble(self) -> Ensemble:
+        """The discriminators, loaded on the device."""
+        return self.discriminators.ensemble(self.members, self.rule, self.state).to(device())
+
     def config(self) -> dict:
         """What tells two guidances apart, without the discriminators, whose digest is an input."""
-        fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.name != "discriminators"}
+        return {name: value for name, value in less_defaults(self).items() if name != "discriminators"}
 
 
 @dataclass(frozen=True)
@@ -155,24 +170,35 @@ class ImageSet:
     """The first n images of a set: `images` uint8 [n, H, W, C], `digest`, and a label for people.
 
     Named before it is drawn: what is missing is drawn when somebody asks for it. draw: makes a shard's images;
-    guides: the discriminators it takes.
+    sampling, guide: how.
     """
 
     label: str
     n: int
     rows: ShardedSet
     draw: Callable[[range], dict[str, np.ndarray]] | None = field(default=None, repr=False, compare=False)
-    guides: tuple = field(default=(), repr=False, compare=False)
+    sampling: Sampling | None = field(default=None, repr=False, compare=False)
+    guide: Guidance | None = field(default=None, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
         return self.rows.digest(self.n)
 
+    @property
+    def lacks(self) -> bool:
+        """Whether some of the images are still to be drawn."""
+        return bool(self.rows.missing(self.n))
+
+    @property
+    def sources(self) -> tuple:
+        """The trained discriminators that guide it."""
+        return self.guide.discriminators.trainings if self.guide else ()
+
     def ensure(self) -> "ImageSet":
         """Have the images, and before them what guides them; the ranks of a group call it together."""
-        if self.rows.artifact.store.dry or distributed.group().agree(bool(self.rows.missing(self.n))):
-            for guide in self.guides:
-                guide.ensure()
+        if self.sources and ranks.group().agree(self.lacks):
+            for trained in self.sources:
+                trained.ensure()
         self.rows.ensure(self.n, self.draw)
         return self
 
@@ -182,7 +208,7 @@ class ImageSet:
 
     @cached_property
     def images(self) -> np.ndarray:
-        with distributed.alone():  # of a group, this rank alone asks, for what is there
+        with ranks.alone():  # of a group, this rank alone asks, for what is there
             self.ensure()
         return self.rows.load(self.n, "images")
 
@@ -191,8 +217,11 @@ class ImageSet:
         return range(self.rows.first_seed, self.rows.first_seed + self.n)
 
 
-def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()):
-    """The sampler's callable for a config: the score network, guided or not. seeds: whose classes, if conditional."""
+def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=(), ensemble: Ensemble | None = None):
+    """The sampler's callable for a config: the score network, guided or not. seeds: whose classes, if conditional.
+
+    ensemble: the discriminators of the guidance, if they are loaded already.
+    """
     precision = resolve_precision(sampling.precision)
     network = checkpoints.load_denoiser(sampling.score_network).to(device())
     labels = one_hot = None
@@ -207,10 +236,11 @@ def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()
         denoise = classifier_free_denoiser(denoise, network_denoiser(unconditional, precision), sampling.cfg_weight)
     if guidance is None:
         return denoise
-    ensemble = guidance.discriminators.ensemble(guidance.members, guidance.rule, guidance.state).to(device())
-    return GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order, guidance.time_min,
-                          guidance.time_max, guidance.boosting, precision, guidance.log_ratio,
-                          labels if ensemble.conditional else None)  # fmt: skip
+    ensemble = ensemble or guidance.ensemble()
+    guided = GuidedDenoiser(denoise, ensemble, guidance.weight_1st_order, guidance.weight_2nd_order, guidance.time_min,
+                            guidance.time_max, precision, guidance.log_ratio,
+                            labels if ensemble.conditional else None)  # fmt: skip
+    return BOOSTING[guidance.boosting](guided)
 
 
 def draw(sampling: Sampling, denoise, seeds, churn=None) -> torch.Tensor:
@@ -225,9 +255,10 @@ def draw(sampling: Sampling, denoise, seeds, churn=None) -> torch.Tensor:
                        churn, network.round_sigma)  # fmt: skip
 
 
-def sample(sampling: Sampling, seeds, guidance: Guidance | None = None) -> torch.Tensor:
-    """Images of these seeds, [N, C, H, W] in [-1, 1], in one batch. Nothing is stored."""
-    denoise = make_denoiser(sampling, guidance, seeds)
+def sample(sampling: Sampling, seeds, guidance: Guidance | None = None,
+           ensemble: Ensemble | None = None) -> torch.Tensor:  # fmt: skip
+    """Images of these seeds, [N, C, H, W] in [-1, 1], in one batch, stored nowhere; ensemble: as above."""
+    denoise = make_denoiser(sampling, guidance, seeds, ensemble)
     return draw(sampling, denoise, seeds, denoise.churn if guidance else None)
 
 
@@ -238,7 +269,7 @@ def image_set(store: Store, sampling: Sampling, n: int, first_seed: int = 0, gui
     Raises UserError for n < 1 and unknown networks, and, when they are drawn, for images that stop being finite.
     """
     sampling = replace(sampling, precision=resolve_precision(sampling.precision))
-    config = dataclasses.asdict(sampling) | {"guidance": guidance.config() if guidance else None}
+    config = less_defaults(sampling) | ({"guidance": guidance.config()} if guidance else {})
     inputs = {"score_network": checkpoints.weights_digest(sampling.score_network)}
     if sampling.cfg_network:
         inputs["cfg_network"] = checkpoints.weights_digest(sampling.cfg_network)
@@ -246,14 +277,17 @@ def image_set(store: Store, sampling: Sampling, n: int, first_seed: int = 0, gui
         inputs["discriminators"] = guidance.discriminators.digest
     artifact = store.artifact("generate", VERSIONS["generate"], config, inputs, label)
 
+    ensemble = cache(lambda: guidance.ensemble() if guidance else None)  # loaded once, when the first shard wants it
+
     def compute_shard(seeds):
         size = sampling.batch_size
         batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-        return {"images": np.concatenate([datasets.to_uint8(sample(sampling, b, guidance)) for b in batches])}
+        return {"images": np.concatenate([datasets.to_uint8(sample(sampling, batch, guidance, ensemble()))
+                                          for batch in batches])}  # fmt: skip
 
     rows = artifact.shards(sampling.shard_size, first_seed)
     rows.parts(n)  # refuses n < 1
-    return ImageSet(label, n, rows, compute_shard, (guidance.discriminators,) if guidance else ())
+    return ImageSet(label, n, rows, compute_shard, sampling, guidance)
 
 
 def generate(*args, **kwargs) -> ImageSet:
@@ -299,6 +333,8 @@ def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_hea
             num_res_blocks=num_res_blocks, attention_resolutions=[1], channel_mult=[1],
             num_head_channels=num_head_channels,
         )  # fmt: skip
+        if width < 128 or width % 32:  # too narrow for the published 32 groups
+            head["num_group_channels"] = 4
         EncoderUNet(**head)  # says what does not fit
     return head
 
@@ -318,14 +354,6 @@ def scaled_members(names, learning_rates, weight_decays, epochs, min_times, epoc
 
 
 @dataclass(frozen=True)
-class Split:
-    """Real (label 1) and generated (label 0) images of one part of the data, as many of each."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
 class Trained:
     """Trained discriminators: `history` per member, `ensemble(...)` for guidance, and the held-out split.
 
@@ -342,23 +370,41 @@ class Trained:
     def digest(self) -> str:
         return self.artifact.digest
 
-    def ensure(self) -> "Trained":
-        """Have them trained, and before that the images they learn from; the ranks of a group call it together."""
-        ranks = distributed.group()
-        if self.artifact.store.dry or ranks.agree(not self.artifact.status().hit):
-            for images in (self.fakes, self.better):
-                if images is not None:
-                    images.ensure()
+    @property
+    def lacks(self) -> bool:
+        """Whether they are still to be trained."""
+        return not self.artifact.status().hit
+
+    @property
+    def trainings(self) -> tuple["Trained", ...]:
+        """What is to be trained for them: themselves."""
+        return (self,)
+
+    @property
+    def sources(self) -> tuple[ImageSet, ...]:
+        """The generated images that they learn from."""
+        return (self.fakes,) if self.better is None else (self.fakes, self.better)
+
+    def ensure(self, wait: bool = True) -> "Trained":
+        """Have them trained, and before that the images they learn from; the ranks of a group call it together.
+
+        Unless `wait`, discriminators that another process trains are left to it.
+        """
+        group = ranks.group()
+        if group.agree(self.lacks):
+            for images in self.sources:
+                images.ensure()
         if self.config.parts > 1:
-            ranks.compute(self.artifact, self.make)
+            group.ensure(self.artifact, self.make)
         else:
-            with distributed.alone():  # one rank's work, while the others wait for the artifact
-                self.artifact.compute(self.make)
-        self.artifact.store.drop_partial(self.artifact.name)
+            with ranks.alone():  # one rank's work, while the others wait for the artifact
+                self.artifact.ensure(self.make, wait)
+        if wait:
+            self.artifact.store.drop_partial(self.artifact.name)
         return self
 
     def _file(self, name: str) -> Path:
-        with distributed.alone():  # as in `ImageSet.images`
+        with ranks.alone():  # as in `ImageSet.images`
             self.ensure()
         return self.artifact.path / name
 
@@ -410,11 +456,10 @@ class Joint:
     def digest(self) -> str:
         return digest_of_json([part.digest for part in self.parts])
 
-    def ensure(self) -> "Joint":
-        """Have all of them trained."""
-        for part in self.parts:
-            part.ensure()
-        return self
+    @property
+    def trainings(self) -> tuple["Trained", ...]:
+        """What is to be trained for them."""
+        return self.parts
 
     def ensemble(self, members, rule: str, state: str) -> Ensemble:
         """Member m is the first of training m."""
@@ -452,17 +497,19 @@ def discriminators(store: Store, training: Training, fakes: ImageSet, label: str
         "real": better.digest if better else datasets.dataset_digest(training.dataset, "train"),
         "feature_extractor": checkpoints.weights_digest(training.feature_extractor),
     }
-    artifact = store.artifact("train", VERSIONS["train"], dataclasses.asdict(training), inputs, label)
+    config = less_defaults(training) | {"members": [dataclasses.asdict(member) for member in training.members]}
+    artifact = store.artifact("train", VERSIONS["train"], config, inputs, label)
 
     def checkpoint(tensors, info):
-        if distributed.group().rank > 0:
-            return
-        state = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
-        store.save_partial(artifact.name, json.dumps(info).encode() + b"\n" + state)
+        group = ranks.group()
+        if group.rank == 0:
+            state = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
+            store.save_partial(artifact.name, json.dumps(info).encode() + b"\n" + state)
+        group.stop_if_late()
 
     def make(folder: Path):
-        resume, ranks = None, distributed.group()
-        with ranks.first():  # one of them puts it into quarantine if it is damaged
+        resume, group = None, ranks.group()
+        with group.first():  # one of them puts it into quarantine if it is damaged
             saved = store.load_partial(artifact.name)
         if saved:
             info, _, tensors = saved.partition(b"\n")
@@ -471,18 +518,18 @@ def discriminators(store: Store, training: Training, fakes: ImageSet, label: str
         extractor = checkpoints.load_feature_extractor(training.feature_extractor).to(device())
         done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
         with tqdm(total=sum(m.epochs for m in training.members), initial=done, desc=label, unit=" epochs",
-                  disable=not ranks.main) as bar:
+                  disable=not group.main) as bar:
 
             def progress(name, row):
                 bar.set_postfix_str(f"{name} {row['val_loss']:.3f}")
                 bar.update()
 
-            members = train_discriminators(
-                extractor, training.head, learn.images, learn.labels, validate.images, validate.labels,
-                training.members, training.batch_size, training.seed, training.precision, training.sequential,
-                progress, checkpoint, resume, training.kept, training.resampling,
-                checkpoints.clock(training.feature_extractor), training.parts,
-            )  # fmt: skip
+            settings = TrainingSettings(
+                training.members, training.batch_size, training.seed, training.precision,
+                checkpoints.clock(training.feature_extractor), training.sequential, training.resampling, training.kept,
+                training.parts)  # fmt: skip
+            members = train_discriminators(extractor, partial(init_head, training.head, training.seed), learn, validate,
+                                           settings, Callbacks(progress, checkpoint, resume), group)  # fmt: skip
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
                   for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
                   for k, v in state.items()}  # fmt: skip
@@ -510,7 +557,7 @@ def held_out_logits(store: Store, trained: Trained, vp_times) -> tuple[np.ndarra
                                  trained.config.batch_size, trained.config.precision)  # fmt: skip
         np.save(folder / "logits.npy", logits)
 
-    path = artifact.compute(make).path / "logits.npy"
+    path = artifact.ensure(make).path / "logits.npy"
     return np.load(path, allow_pickle=False), trained.test_split.labels
 
 
@@ -526,10 +573,10 @@ class RealSet:
     n: int
     start: int = 0
 
-    seeds = range(0)  # real images have none
+    seeds, sources, lacks = range(0), (), False  # real images have no seeds, and nothing is to be made for them
 
     def ensure(self) -> "RealSet":
-        """They are there; see `ImageSet.ensure`."""
+        """Nothing is to be drawn; as `ImageSet.ensure`."""
         return self
 
     @property
@@ -565,7 +612,7 @@ def _extractor_features(name: str):
 def space_name(space: str) -> str:
     """A feature space in words, for captions: only Inception's distance is called FID."""
     known = space == "inception" or space.startswith("efficientnet")
-    return metrics.metric_name(space) if known else f"FD ({space} features)"
+    return metric_name(space) if known else f"FD ({space} features)"
 
 
 def _feature_inputs(images: ImageSet | RealSet, space: str) -> dict[str, str]:
@@ -577,7 +624,7 @@ def _feature_inputs(images: ImageSet | RealSet, space: str) -> dict[str, str]:
 def encode(images: np.ndarray, space: str) -> np.ndarray:
     """Features float32 [n, d] of images uint8 [n, H, W, C] in `space`; see `features`."""
     if space == "inception" or space.startswith("efficientnet"):
-        return metrics.image_features(images, space, device=str(device()))
+        return image_features(images, space, device=str(device()))
     return metrics.extract(images, _extractor_features(space), 250, device=device())
 
 
@@ -594,7 +641,7 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
     Made in shards, so that ranks share them and a kill costs one.
     """
     rows = feature_rows(store, images, space)
-    if distributed.group().agree(bool(rows.missing(images.n))):
+    if ranks.group().agree(bool(rows.missing(images.n))):
         images.ensure()
     source = replace(images)  # a copy, whose pixels go when the features are there
 
@@ -617,12 +664,12 @@ def statistics(store: Store, images: ImageSet | RealSet, space: str) -> metrics.
                               f"{images.label}, {space}")  # fmt: skip
 
     def make(folder):
-        x, ranks = features(store, images, space), distributed.group()
-        rows = x[ranks.slice(len(x))]
-        stats = metrics.FeatureStats(rows if len(rows) else None).all_reduce(x.shape[1], ranks.sum)
+        x, group = features(store, images, space), ranks.group()
+        rows = x[group.slice(len(x))]
+        stats = metrics.FeatureStats(rows if len(rows) else None).all_reduce(x.shape[1], group.sum)
         np.savez(folder / "statistics.npz", n=stats.n, mean=stats.mean, scatter=stats.scatter)
 
-    path = distributed.group().compute(artifact, make).path / "statistics.npz"
+    path = ranks.group().ensure(artifact, make).path / "statistics.npz"
     stats = metrics.FeatureStats()
     with np.load(path, allow_pickle=False) as stored:
         stats.n, stats.mean, stats.scatter = int(stored["n"]), stored["mean"], stored["scatter"]
@@ -678,6 +725,6 @@ def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: s
             record[name] = {"value": resampled.value, "draws": resampled.draws.tolist()}
         (folder / "scores.json").write_text(json.dumps(record))
 
-    record = artifact.kept() or json.loads((artifact.compute(make).path / "scores.json").read_text())
+    record = artifact.kept() or json.loads((artifact.ensure(make).path / "scores.json").read_text())
     fd, kid = (metrics.Resampled(record[k]["value"], np.array(record[k]["draws"])) for k in ("fd", "kid"))
     return Scores(arm, space, artifact.digest, fd, kid, record["manifold"])

@@ -5,14 +5,13 @@ identity {step, version, config, inputs} as canonical JSON. A sharded set is an 
 shard_00000/, shard_00001/ ..., each a fixed range of seeds: how many rows are wanted is no part of its
 identity, so a larger set extends a smaller one, and an interrupted run goes on where it was.
 
-A folder is written under a temporary name, synced, and renamed whole, with a manifest of checksums. Locks are
-`flock` locks, which the kernel drops with the process: after a kill there is nothing to clean up by hand.
+A folder is written under a temporary name, synced, and renamed whole, with a manifest of checksums. Locks go with
+the process that holds them (`lock`): after a kill there is nothing to clean up by hand.
 Work that takes long inside one artifact keeps its state in partial/, one sealed file that is replaced whole.
 What does not match its checksum is moved to quarantine/, said, and computed again: never used, never deleted.
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -35,13 +34,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from tqdm import tqdm
 
 from dgutils.errors import UserError
 from dgutils.paths import cores, inherited
-from dgutils.pipeline import distributed
+from dgutils.pipeline import ranks
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -141,21 +142,38 @@ def disk_errors(root: Path) -> Iterator[None]:
 
 @contextmanager
 def lock(path: Path, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
-    """Hold an exclusive lock that dies with the process. If busy and not `wait`, yields False at once."""
+    """Hold an exclusive lock that ends with the process. If it is busy and not `wait`, yields False at once.
+
+    It is the kernel's (flock); where the file system has none, as Lustre and NFS may, it is a file that names its
+    holder, and that others on the same machine remove once the holder is dead.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                yield False
-                return
-            log(f"WAIT {path.stem}: another process is computing it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # said aloud: forked workers may still hold the open file
+    held = FileLock(path)
+    try:
+        free = _try(held)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        free = _try(held := SoftFileLock(path.with_suffix(".held")))
+    if not free and not wait:
+        yield False
+        return
+    if not free:
+        log(f"WAIT {path.stem}: another process is computing it")
+        held.acquire()
+    try:
+        yield True
+    finally:
+        held.release()
+
+
+def _try(held: BaseFileLock) -> bool:
+    """Whether a lock was free, and is ours now."""
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
 
 
 @cache
@@ -219,14 +237,11 @@ def log_line(line: str) -> None:
 class Store:
     """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines.
 
-    A `dry` store makes nothing, and remembers in `asked` what it would have: (artifact, how to make it), and
-    (set, number of rows). keeps: the file of small results that the repository keeps (`read_kept`).
+    keeps: the file of small results that the repository keeps (`read_kept`).
     """
     root: Path | str
     log: Callable[[str], None] = log_line
-    dry: bool = False
     keeps: Path | None = None
-    asked: list = field(default_factory=list)
 
     def __post_init__(self):
         self.root = Path(self.root).absolute()
@@ -246,7 +261,7 @@ class Store:
     def save_partial(self, name: str, data: bytes) -> None:
         """Keep the state of unfinished work, so that it goes on from there after a kill; replaces what was kept.
 
-        Called by who holds the artifact's lock, which is inside `Artifact.compute`.
+        Called by who holds the artifact's lock, which is inside `Artifact.ensure`.
         """
         (self.root / "partial").mkdir(parents=True, exist_ok=True)
         write_file(self.root / "partial" / name, hashlib.sha256(data).digest() + data)
@@ -264,8 +279,6 @@ class Store:
 
     def drop_partial(self, name: str) -> None:
         """Forget the state of work that is finished; where it cannot be removed it does no harm."""
-        if self.dry:  # nothing was finished
-            return
         with suppress(OSError):
             (self.root / "partial" / name).unlink()
 
@@ -353,19 +366,17 @@ class Artifact:
         self.say(Status(True, f"kept in {self.store.keeps}"))
         return self.store.kept[self.digest]
 
-    def compute(self, make: Callable[[Path], dict | None]) -> "Artifact":
+    def ensure(self, make: Callable[[Path], dict | None], wait: bool = True) -> "Artifact":
         """Have the artifact: find it, or call make(folder), which writes its files there.
 
-        What `make` returns (JSON values: seeds, notes) is kept as manifest["extra"]. Of two processes that
-        want the same artifact one computes it, and the other waits and finds it.
+        What `make` returns (JSON values: seeds, notes) becomes manifest["extra"]. Of two processes that want the same
+        artifact one computes it, and the other waits and finds it; unless `wait`, it goes on without.
         """
         with disk_errors(self.store.root):
             status = self.status()
             self.say(status)
-            if self.store.dry:
-                self.store.asked.append((self, make))
-            elif not status.hit:
-                self.obtain(make)
+            if not status.hit:
+                self.obtain(make, wait)
         return self
 
     def obtain(self, make: Callable[[Path], dict | None], wait: bool = True) -> bool:
@@ -438,25 +449,26 @@ class ShardedSet:
 
         Any number of processes may do this at once: each takes shards that nobody else is computing, then
         waits for those that others took. The last shard is computed whole even if n ends inside it. The ranks
-        of a group, which call it together, are dealt the shards and leave when all are there.
+        of a group, which call it together, are dealt the shards and leave when all are there, or the time is up.
         """
         with disk_errors(self.artifact.store.root):
-            status, ranks = self.status(n), distributed.group()
+            status, group = self.status(n), ranks.group()
             self.artifact.say(status._replace(reason=f"{n} rows, {status.reason}"))
-            if self.artifact.store.dry:
-                self.artifact.store.asked.append((self, n))
-                return self
             size, parts = self.shard_size, self.parts(n)
             here = {part.shard for part in parts} & self.verified
-            ranks.barrier()  # all have seen what was here before any of them adds to it
+            group.barrier()  # all have seen what was here before any of them adds to it
             with tqdm(total=len(parts) * size, initial=len(here) * size, unit=" rows",
                       desc=self.artifact.label or self.artifact.identity["step"],
-                      disable=status.hit or not progress or not ranks.main) as bar:
-                for position, part in ranks.deal(parts):  # first what is free
-                    if part.shard not in here and part.obtain(partial(self.make, part, compute_shard), wait=False):
+                      disable=status.hit or not progress or not group.main) as bar:
+                for position, part in group.deal(parts):  # first what is free
+                    if part.shard in here:
+                        continue
+                    if group.late:
+                        break
+                    if part.obtain(partial(self.make, part, compute_shard), wait=False):
                         self.verified.add(part.shard)
                         bar.update(len(here.union(range(position + 1))) * size - bar.n)
-                ranks.barrier()
+                group.stop_if_late()
                 for part in self.missing(n):  # then what others were computing
                     part.obtain(partial(self.make, part, compute_shard))
                     self.verified.add(part.shard)
@@ -507,7 +519,7 @@ KEPT = "kept/scores.json"  # below a profile's results
 def read_kept(path: Path) -> dict[str, dict]:
     """The scores that a results folder keeps, so that a study goes on where another machine left it.
 
-    {"scores": digest of the artifact -> its scores, "lineage": as of `trace.lineage`}, both empty without the file.
+    {"scores": digest of the artifact -> its scores, "lineage": as of `provenance.lineage`}, both empty without it.
     Raises UserError if it is damaged.
     """
     try:

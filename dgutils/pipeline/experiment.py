@@ -1,0 +1,218 @@
+"""What a notebook begins with: its profile's parameters, a store, and the few verbs by which arms are declared.
+
+Nothing is drawn or trained by naming it. A notebook's cells tagged `arms` declare what will be drawn and scored, so
+that `work` and `plan`, which run those cells alone, know it too (`declared`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dgutils import datasets
+from dgutils.pipeline import jobs, parameters
+from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Scores, Trained, Training
+from dgutils.pipeline.store import Artifact, Store
+
+# The faults of the study's ensemble (`faulty_ensemble`), in words.
+FAULTS = {
+    "steps": "steps for evaluations",
+    "raw_logits": "raw logits taken for probabilities",
+    "sequential": "one network through all six settings",
+    "wrong_file": "wrong file in slot 3",
+    "last_epoch": "last instead of best epochs",
+    "boosting": "boosting, unconditional",
+    "batch_size": "half the training batch",
+}
+WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """An image set that is to be scored against real images in a feature space."""
+
+    experiment: "Experiment"
+    images: ImageSet | RealSet
+    space: str
+    reference: RealSet
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        """Where the scores are stored."""
+        return jobs.evaluation(self.experiment.store, self.images, self.reference, self.space,
+                               self.experiment.parameters.num_resamples)  # fmt: skip
+
+    @property
+    def lacks(self) -> bool:
+        """Whether the scores are still to be computed: neither stored nor kept by the repository."""
+        return self.artifact.digest not in self.artifact.store.kept and not self.artifact.status().hit
+
+    def ensure(self) -> Scores:
+        """The scores, computed if they have to be."""
+        return jobs.evaluate(self.experiment.store, self.images, self.reference, self.space,
+                             self.experiment.parameters.num_resamples)  # fmt: skip
+
+
+class Experiment:
+    """One notebook's parameters and store, and what it declares: `scored`, and what is made without being scored."""
+
+    def __init__(self, namespace: Mapping[str, Any], notebook: str = "notebook"):
+        """namespace: where the parameters are, `globals()` in a notebook; what is None there is the profile's."""
+        overrides = {name: namespace[name] for name in parameters.Parameters.model_fields
+                     if name != "profile" and namespace.get(name) is not None}  # fmt: skip
+        profile = namespace.get("profile") or "quick"
+        self.parameters = parameters.load(profile, overrides, f"notebook {notebook}")
+        self.notebook = notebook
+        self.scored: list[Score] = []
+        self.made: list[ImageSet | Trained] = []
+        self.sampling(), self.training(), self.guide(None)  # what is impossible is said now, not hours later
+
+    @cached_property
+    def store(self) -> Store:
+        """The artifacts of the profile."""
+        return jobs.open_store(self.parameters.profile)
+
+    # --- how images are drawn and discriminators trained: the profile's settings, with changes
+
+    def sampling(self, **changes) -> Sampling:
+        """Table 2's schedule; `changes` replaces fields of Sampling."""
+        p = self.parameters
+        return replace(Sampling(p.score_network, p.num_steps, p.sigma_min, p.sigma_max, p.rho, p.batch_size,
+                                p.shard_size, p.precision), **changes)  # fmt: skip
+
+    def training(self, epoch_scale: float | None = None, **changes) -> Training:
+        """Table 1, its epochs times the profile's epoch_scale or this one; `changes` replaces fields of Training."""
+        p = self.parameters
+        members = jobs.scaled_members(p.member_names, p.learning_rates, p.weight_decays, p.epochs, p.min_times,
+                                      epoch_scale or p.epoch_scale)  # fmt: skip
+        head = jobs.head_config(p.feature_extractor, p.head_width, p.head_blocks, p.head_channels)
+        return replace(Training(p.dataset, p.feature_extractor, head, members, p.num_fake, p.discriminator_batch_size,
+                                p.training_seed, p.sequential, p.precision, p.held_out_every,
+                                parts=p.training_parts), **changes)  # fmt: skip
+
+    def guide(self, discriminators, members: Iterable = (0,), rule: str = "mean_logit", **changes) -> Guidance:
+        """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
+        p = self.parameters
+        settings = dict(weight_1st_order=p.dg_weight_1st_order, weight_2nd_order=p.dg_weight_2nd_order,
+                        time_min=p.time_min, time_max=p.time_max, boosting=p.boosting, log_ratio=p.log_ratio)
+        return Guidance(discriminators, tuple(members), rule, **(settings | changes))
+
+    # --- what there is to compare
+
+    def images(self, label: str, guide: Guidance | None = None, n: int | None = None, block: int = 0,
+               **sampling) -> ImageSet:  # fmt: skip
+        """Images of the evaluation seeds, the same in every arm: num_eval of them, or the first n.
+
+        Block b has the seeds from eval_seed + b num_eval on. `sampling` replaces fields of Sampling.
+        """
+        p = self.parameters
+        return jobs.image_set(self.store, self.sampling(**sampling), n or p.num_eval, p.eval_seed + block * p.num_eval,
+                              guide, label)  # fmt: skip
+
+    def unguided_as(self, arm: ImageSet) -> ImageSet:
+        """What guidance in an arm is to be compared with: as many unguided images, of as many steps."""
+        steps = arm.sampling.num_steps
+        label = "unguided sampling" + (f", {steps} steps" if steps != self.parameters.num_steps else "")
+        return self.images(label, n=arm.n, num_steps=steps)
+
+    def real(self, split: str, n: int | None = None, start: int = 0) -> RealSet:
+        """n real images of a split (default: as many as the reference has, or there are) from number `start` on."""
+        there = datasets.TEST_IMAGES - start if split == "test" else None
+        n = n or self.parameters.num_reference
+        return RealSet(self.parameters.dataset, split, min(n, there) if there else n, start)
+
+    @property
+    def reference(self) -> RealSet:
+        """The real images that arms are scored against."""
+        return self.real(self.parameters.reference_split)
+
+    @property
+    def floor(self) -> RealSet:
+        """Other real images, test images, as many as an arm has or there are: what a perfect sampler would score."""
+        p = self.parameters
+        return self.real("test", p.num_eval, p.num_reference if p.reference_split == "test" else 0)
+
+    def discriminators(self, label: str, training: Training, fakes: ImageSet,
+                       better: ImageSet | None = None) -> Trained:  # fmt: skip
+        """Discriminators that learn to tell generated images from as many real ones, or from `better` ones."""
+        return jobs.discriminators(self.store, training, fakes, label, better)
+
+    # --- what is to be made
+
+    def declare(self, arms: Mapping[str, Any], spaces: Iterable[str] | None = None,
+                reference: RealSet | None = None) -> None:  # fmt: skip
+        """Say what this notebook will use: image sets, to be scored, and discriminators, to be trained.
+
+        arms: name -> an image set, discriminators, or a list of them. spaces: in which feature spaces they are scored
+        (default: all; [] for none: only drawn). reference: the real images that they are scored against.
+        """
+        spaces = self.parameters.feature_spaces if spaces is None else spaces
+        for one in (one for arm in arms.values() for one in (arm if isinstance(arm, list) else [arm])):
+            self.scored += [Score(self, one, space, reference or self.reference) for space in spaces
+                            if not isinstance(one, Trained)]  # fmt: skip
+            self.made += [one] if isinstance(one, Trained) or not spaces else []
+
+    def scores(self, arm: ImageSet | RealSet, space: str | None = None, reference: RealSet | None = None) -> Scores:
+        """Scores of an arm in a feature space (default: the first) against a reference (default: `reference`)."""
+        space = space or self.parameters.feature_spaces[0]
+        return Score(self, arm, space, reference or self.reference).ensure()
+
+
+# --- what several notebooks share
+
+
+def fake_set(experiment: Experiment, **sampling) -> ImageSet:
+    """The generated images that discriminators learn from: num_fake unguided ones, from fake_seed on."""
+    p, label = experiment.parameters, "fake set"
+    if "num_steps" in sampling:
+        label += f" of {sampling['num_steps']} steps"
+    return jobs.image_set(experiment.store, experiment.sampling(**sampling), p.num_fake, p.fake_seed, label=label)
+
+
+def six_discriminators(experiment: Experiment, label: str = "six discriminators", **changes) -> Trained:
+    """The discriminators of table 1; `changes` as in `Experiment.training`, the label for those that have some.
+
+    They keep the state that lay in the wrong file, if the profile's ladder has that fault.
+    """
+    kept = (wrong_state(experiment),) if "wrong_file" in experiment.parameters.ladder else ()
+    training = experiment.training(**({"kept": kept} | changes))
+    return experiment.discriminators(label, training, fake_set(experiment))
+
+
+def wrong_state(experiment: Experiment) -> tuple[int, int]:
+    """(member, epoch), scaled as all epochs are, of the file that lay in slot 3."""
+    return WRONG_MEMBER, max(1, round(WRONG_EPOCH * experiment.parameters.epoch_scale))
+
+
+def faulty_ensemble(experiment: Experiment, faults: Iterable[str], label: str, n: int | None = None,
+                    repeat: int = 0) -> ImageSet:  # fmt: skip
+    """Images guided by the study's ensemble with some of FAULTS; without any, by the mean probability of its members.
+
+    repeat: which training, of other seeds; the images' seeds are the same.
+    """
+    p, as_run = experiment.parameters, experiment.parameters.as_run
+    batch = as_run.discriminator_batch_size if "batch_size" in faults else p.discriminator_batch_size
+    kind = "one network, six settings" if "sequential" in faults else "six discriminators"
+    trained = six_discriminators(experiment, f"{kind}, batches of {batch}, training {repeat + 1}", batch_size=batch,
+                                 sequential="sequential" in faults, seed=p.training_seed + repeat)  # fmt: skip
+    members: list = list(range(len(p.member_names)))
+    if "wrong_file" in faults:
+        members[WRONG_SLOT] = wrong_state(experiment)
+    rule = "raw_logits_as_probabilities" if "raw_logits" in faults else "mean_probability"
+    guide = experiment.guide(trained, members, rule, state="last" if "last_epoch" in faults else "best",
+                             boosting=as_run.boosting if "boosting" in faults else p.boosting)  # fmt: skip
+    return experiment.images(label, guide, n, num_steps=as_run.num_steps if "steps" in faults else p.num_steps)
+
+
+def key_arms(experiment: Experiment) -> dict[str, list[ImageSet]]:
+    """The arms that stand over several trainings, num_key images each: one discriminator, correct ensemble, as run."""
+    p = experiment.parameters
+    arms: dict[str, list[ImageSet]] = {"paper": [], "correct": [], "as_run": []}
+    for repeat in range(p.repeats):
+        label = f"training {repeat + 1}"
+        trained = six_discriminators(experiment, f"six discriminators, {label}", seed=p.training_seed + repeat)
+        guide = experiment.guide(trained, state="best")
+        arms["paper"].append(experiment.images(f"Paper, {label}", guide, p.num_key))
+        for name, faults in (("correct", []), ("as_run", p.ladder)):
+            arms[name].append(faulty_ensemble(experiment, faults, f"{name}, {label}", p.num_key, repeat))
+    return arms

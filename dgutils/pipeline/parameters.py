@@ -1,0 +1,243 @@
+"""Every parameter of the study, once: its name, type, bounds, meaning, and its default, which is the quick profile's.
+
+A profile, notebooks/profiles/NAME.yaml, holds what differs from the defaults, or from another profile that it names as
+its `base`. `load` puts defaults, profile and --set together, and says in one line what no run can mean.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dgutils.errors import UserError
+from dgutils.networks import checkpoints
+from dgutils.paths import repo_root
+
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+def _number(value: Any) -> Any:
+    """The number that a text writes in plain decimals, such as "1e-4"; anything else as it is."""
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+Real = Annotated[float, BeforeValidator(_number), Field(ge=-1e9, le=1e9)]
+Positive = Annotated[Real, Field(gt=0)]
+Time = Annotated[Real, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10**7)]
+Seed = Annotated[int, Field(ge=0, lt=2**40)]
+Fault = Literal["steps", "raw_logits", "sequential", "wrong_file", "last_epoch", "boosting", "batch_size"]
+Variant = Literal["bootstrap", "disjoint", "best", "long", "overfitted", "overfitted_best", "full", "full_best",
+                  "full_raw", "worse", "tasks"]  # fmt: skip
+
+
+class AsRun(BaseModel):
+    """The student study's own settings, which faults of the ladder stand for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    num_steps: Annotated[Count, Field(ge=2)] = 23
+    boosting: Literal["none", "released", "paper"] = "released"
+    discriminator_batch_size: Count = 64
+
+
+class Parameters(BaseModel):
+    """All parameters of the six notebooks."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    profile: str = Field("quick", description="names the folders of results, figures and artifacts")
+    dataset: Literal["fashion_mnist", "cifar10"] = Field("fashion_mnist", description="real images")
+    score_network: str = Field("fashion-mnist-edm", description="the EDM denoiser that draws images")
+    feature_extractor: str = Field("fashion-mnist-adm", description="the frozen encoder below every discriminator")
+    feature_spaces: list[str] = Field(["fashion-mnist-adm", "efficientnet-lite0@128"], min_length=1, max_length=2,
+                                      description="where scores are taken; the first leads")  # fmt: skip
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the networks; auto: as the "
+                                                              "hardware multiplies natively")  # fmt: skip
+    # table 2: sampling and guidance
+    num_steps: int = Field(12, ge=2, le=10_000, description="Heun steps")
+    sigma_min: Positive = Field(0.002, description="lowest noise level before 0")
+    sigma_max: Positive = Field(80.0, description="highest noise level")
+    rho: Positive = Field(7.0, description="curvature of the schedule")
+    dg_weight_1st_order: Real = Field(2.0, ge=0, description="guidance weight on the Euler predictor")
+    dg_weight_2nd_order: Real = Field(0.0, ge=0, description="guidance weight on the Heun corrector")
+    time_min: Time = Field(0.01, description="VP times between which guidance acts")
+    time_max: Time = Field(1.0, description="upper end of that window")
+    boosting: Literal["none", "released", "paper"] = Field("none", description="released: the authors' code, "
+                                                           "paper: its text")  # fmt: skip
+    log_ratio: Literal["logit", "clipped"] = Field("logit", description="guidance by the logit's gradient; clipped: "
+                                                   "through the reference's clipped probability")  # fmt: skip
+    batch_size: Count = Field(250, description="images sampled at once")
+    shard_size: Count = Field(250, description="images a file of the store holds; a multiple of batch_size")
+    num_fake: int = Field(4000, ge=10, le=10**7, description="generated images that discriminators learn from, and as "
+                          "many real ones")  # fmt: skip
+    fake_seed: Seed = Field(0, description="their first seed")
+    num_eval: Count = Field(500, description="images of every compared arm")
+    eval_seed: Seed = Field(1_000_000, description="their first seed, apart from the fake set's")
+    seed_blocks: Annotated[Count, Field(le=100)] = Field(1, description="blocks of num_eval seeds in EDM's protocol")
+    reference_split: Literal["train", "test"] = Field("test", description="whose real images arms are scored against")
+    num_reference: Count = Field(2000, description="how many of them")
+    num_resamples: Annotated[Count, Field(le=100_000)] = Field(100, description="bootstrap resamples of every score")
+    # table 1: the six discriminators
+    member_names: list[str] = Field(["Paper", "D1", "D2", "D3", "D4", "D5"], min_length=1, description="one a member")
+    learning_rates: list[Positive] = Field([3e-4, 1e-3, 1e-4, 1e-4, 5e-5, 1e-5], description="of Adam")
+    weight_decays: list[Annotated[Real, Field(ge=0)]] = Field([1e-7, 1e-7, 0.0, 1e-3, 1e-9, 1e-11],
+                                                              description="of Adam")  # fmt: skip
+    epochs: list[Count] = Field([60, 40, 40, 40, 40, 200], description="before epoch_scale")
+    min_times: list[Time] = Field([1e-5, 1e-5, 0.01, 1e-3, 1e-3, 1e-5], description="least VP time a member sees")
+    epoch_scale: Positive = Field(0.08, le=1000, description="multiplies every member's epochs")
+    discriminator_batch_size: Count = Field(128, description="real and generated images together")
+    training_seed: Seed = Field(0, description="initial weights, order, noise and splits")
+    training_parts: Annotated[Count, Field(le=4096)] = Field(1, description="that a batch is divided into, for as many "
+                                                             "ranks at most")  # fmt: skip
+    held_out_every: int = Field(10, ge=3, le=10**6, description="of so many images, one validates and one tests")
+    sequential: bool = Field(False, description="the study's fault: one network carried through all six settings")
+    head_width: Count = Field(16, description="channels of a discriminator's head")
+    head_blocks: int = Field(0, ge=0, le=100, description="residual blocks of a head beside those of its middle")
+    head_channels: Count = Field(16, description="channels of an attention head")
+    # other samplers, published weights (notebook 04)
+    published_discriminator: str = Field("", description="a published head on the same extractor, an arm of its own")
+    conditional_network: str = Field("", description="a class-conditional denoiser, for arms of its own")
+    conditional_discriminator: str = Field("", description="the published head that guides it")
+    cfg_weights: list[Real] = Field([], description="of classifier-free guidance by both networks, an arm each")
+    ancestral_steps: int = Field(23, ge=0, le=10_000, description="of DDPM's sampler, an arm of its own; 0 for none")
+    # why the ensemble failed (notebook 06)
+    ladder: list[Fault] = Field([], description="faults of the study's ensemble, in the order in which they are mended")
+    as_run: AsRun = Field(AsRun(), description="the study's settings that faults stand for")
+    repeats: Annotated[Count, Field(le=1000)] = Field(1, description="independent trainings behind the key arms")
+    num_key: Count = Field(500, description="images of each key arm and training")
+    variants: list[Variant] = Field([], description="ensembles beyond the study's")
+    worse_steps: int = Field(6, ge=2, le=10_000, description="Heun steps of the worse sampler of two variants")
+    # sensitivity (notebook 05)
+    num_sweep: Count = Field(250, description="images of every arm of the sensitivity study")
+    sweep_weights: list[Annotated[Real, Field(ge=0)]] = Field([1.0, 4.0], description="first-order weights beside 0 "
+                                                              "and the default")  # fmt: skip
+    sweep_time_mins: list[Time] = Field([], description="lower ends of the window beside the default")
+    sweep_time_maxs: list[Time] = Field([0.5], description="upper ends of the window beside the default")
+    sweep_epoch_scales: list[Positive] = Field([0.0333], description="lengths of the first member's training")
+    # the 2-D world, and images followed closely (notebook 03)
+    toy_samples: Count = Field(1000, description="points an arm in the 2-D world")
+    toy_steps: int = Field(18, ge=2, le=10_000, description="Heun steps there")
+    num_watched: Annotated[Count, Field(le=10_000)] = Field(16, description="images followed along their trajectory")
+    watermark: str = Field("quick", description="across the pages of a report made from these results; '' for none")
+
+    @model_validator(mode="after")
+    def _possible(self):
+        """Refuse what no run can mean although each value alone is possible."""
+        columns = ("member_names", "learning_rates", "weight_decays", "epochs", "min_times")
+        if len({len(getattr(self, name)) for name in columns}) > 1:
+            lengths = ", ".join(f"{name} {len(getattr(self, name))}" for name in columns)
+            raise UserError(f"table 1 needs one value a member in every column, not {lengths}")
+        for low, high in (("sigma_min", "sigma_max"), ("time_min", "time_max")):
+            if not getattr(self, low) < getattr(self, high):
+                raise UserError(f"{low} {getattr(self, low):g} is not below {high} {getattr(self, high):g}")
+        if self.shard_size % self.batch_size:
+            raise UserError(f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
+        if "wrong_file" in self.ladder and len(self.member_names) < 4:
+            raise UserError("the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
+        for name in ("member_names", "feature_spaces", "ladder", "variants"):
+            if len(set(values := getattr(self, name))) < len(values):
+                raise UserError(f"{name} has {max(values, key=values.count)} twice")
+        channels = {"fashion_mnist": 1, "cifar10": 3}[self.dataset]
+        for name in ("score_network", "conditional_network"):
+            network = getattr(self, name)
+            if (network or name == "score_network") and (its := checkpoints.image_shape(network)[0]) != channels:
+                raise UserError(f"{name} {network} draws images of {its} channels, those of {self.dataset} have "
+                                f"{channels}: choose a network of that dataset")
+        return self
+
+
+# --- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain words are decimal numbers, true, false, null, or text; keys are not repeated."""
+
+    yaml_implicit_resolvers = {}
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|None|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|[Ff]alse)$"), list("TtFf"))
+_Loader.add_implicit_resolver("dgutils:number", re.compile(f"^({NUMBER.pattern})$"), list("-+.0123456789"))
+_Loader.add_constructor("dgutils:number", lambda loader, node: int(node.value) if re.fullmatch(
+    r"[-+]?[0-9]{1,4000}", node.value) else float(node.value))  # fmt: skip
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def load_profile(profile: str, _above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What notebooks/profiles/<profile>.yaml, and the profiles that it is based on, say; its `profile` is its name."""
+    folder = repo_root() / "notebooks" / "profiles"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if profile not in known:
+        raise UserError(f"unknown profile {profile}: there are {', '.join(known) or 'none'} in {folder}")
+    path = folder / f"{profile}.yaml"
+    if profile in _above:
+        raise UserError(f"{path}: profiles are based on each other in a circle: {' on '.join((*_above, profile))}")
+    try:
+        values = _yaml(path.read_bytes().decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
+    if not isinstance(values := {} if values is None else values, dict):
+        raise UserError(f"{path} must hold lines `name: value`")
+    base = values.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: base is {base!r}, but must be a profile's name")
+    if values.get("profile", profile) != profile:
+        raise UserError(f"{path}: profile is {values['profile']!r}, but the file is named {profile}")
+    return (load_profile(base, (*_above, profile)) if base else {}) | values | {"profile": profile}
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """['name=value', ...] as --set has them -> {name: value}; values are written as in a profile."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise UserError(f"--set {text}: write name=value")
+        if name in found:
+            raise UserError(f"--set {text}: {name} is set twice")
+        found[name] = _yaml(value, f"--set {text}:")
+    return found
+
+
+def _check(values: Mapping[str, Any], source: str) -> "Parameters":
+    if unknown := [str(name) for name in values if name not in Parameters.model_fields]:
+        close = difflib.get_close_matches(unknown[0], Parameters.model_fields, n=1)
+        raise UserError(f"unknown parameter {unknown[0]} in {source}"
+                        + (f"; did you mean {close[0]}?" if close else ": dgutils/pipeline/parameters.py has them all"))
+    try:
+        return Parameters(**values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        value = repr(first["input"])
+        message = first["msg"].removeprefix("Value error, ")
+        if where and first["type"] != "value_error":
+            value = value if len(value) < 60 else value[:57] + "..."
+            message = f"{where} is {value}: {message[0].lower()}{message[1:]}"
+        raise UserError(f"{source}: {message}") from None
+
+
+def load(profile: str, overrides: Mapping[str, Any] | None = None, source: str = "--set") -> Parameters:
+    """The parameters of a profile, with some of them changed. source: who changed them, for messages."""
+    values, overrides = load_profile(profile), dict(overrides or {})
+    if overrides.get("profile", profile) != profile:
+        raise UserError(f"{source}: profile is set to {overrides['profile']!r}: choose it with --profile only")
+    _check(values, f"profile {profile}")
+    return _check(values | overrides, source) if overrides else _check(values, f"profile {profile}")

@@ -1,0 +1,393 @@
+"""Training of discriminators, from the loop (`train_discriminators`, at the end) down to the loss of one head.
+
+Several heads learn side by side on one frozen extractor. Ranks, progress and checkpoints are others' business and
+come in as arguments; without them one process trains, and tells nobody.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dgutils.discriminator import CLOCKS, RESAMPLINGS, MemberConfig, perturb
+from dgutils.errors import UserError
+from dgutils.noise import TRAINING, VALIDATION, keyed_rng, sample_vp_time
+from dgutils.sampler import autocast
+
+# ---- what a training is given, and what it returns ---------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How discriminators are trained, apart from the data and the networks.
+
+    members: all train side by side, and each leaves when its epochs are done.
+    seed: with the epoch it fixes the order of the images and their noise, and alone the noise of validation.
+    precision: "float32" or "bfloat16". clock: a name of CLOCKS, how extractor and heads read the VP time.
+    sequential: the study's fault, one network carried through all members' settings in turn (a fresh optimiser each).
+    resampling: a name of RESAMPLINGS, which images a member sees. kept: (member, epoch) pairs whose weights are kept.
+    parts: a batch is divided into so many, which ranks share; results depend on it, not on the number of ranks.
+    """
+
+    members: tuple[MemberConfig, ...]
+    batch_size: int = 128
+    seed: int = 0
+    precision: str = "float32"
+    clock: str = "linear"
+    sequential: bool = False
+    resampling: str = "none"
+    kept: tuple[tuple[int, int], ...] = ()
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 [N, H, W, C] of one part of the data: real (label 1) and generated (label 0), as many of each."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Whom a training tells what.
+
+    progress(name, row): every new row of a member's history. checkpoint(tensors, info): after every pass over the data,
+    all that the training is, as flat CPU tensors and a JSON-able dict; given such a pair as `resume`, it goes on to
+    the same bits as if it had never stopped.
+    """
+
+    progress: Callable[[str, dict], None] | None = None
+    checkpoint: Callable[[dict, dict], None] | None = None
+    resume: tuple[dict, dict] | None = None
+
+
+class OneProcess:
+    """What a training asks of the ranks that share it, answered for one process."""
+
+    def slice(self, n: int) -> slice:
+        """This rank's part of n things; the ranks' parts follow each other."""
+        return slice(n)
+
+    def sum(self, *tensors) -> None:
+        """Replace each tensor by its sum over all ranks, the same bits on all."""
+
+
+QUIET, ONE_PROCESS = Callbacks(), OneProcess()
+
+
+@dataclass(frozen=True)
+class TrainedMember:
+    """A trained head: its last weights, those of lowest validation loss, and one row an epoch of losses.
+
+    kept: "epoch<number>" -> the weights after that epoch, for those that were asked for.
+    """
+
+    config: MemberConfig
+    last_state: dict[str, torch.Tensor]
+    best_state: dict[str, torch.Tensor]
+    kept: dict[str, dict[str, torch.Tensor]]
+    history: list[dict]
+
+
+def _check(splits: list[Split], settings: TrainingSettings) -> None:
+    for images, labels in ((split.images, split.labels) for split in splits):
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+            raise UserError(f"{len(images)} images of {images.dtype} {images.shape[1:]}: give uint8 [N, H, W, C]")
+        if len(images) != len(labels) or 2 * np.sum(labels) != len(labels):
+            raise UserError(f"{len(images)} images, {len(labels)} labels, {int(np.sum(labels))} real: "
+                            "give as many real as generated, or logits are not log-density-ratios")
+    n, members, batch_size = len(splits[0].images), settings.members, settings.batch_size
+    if not 1 <= batch_size <= n:
+        raise UserError(f"batch_size {batch_size}: use at most the {n} training images")
+    if not 1 <= settings.parts <= batch_size:
+        raise UserError(f"{settings.parts} parts of a batch: at least 1, at most batch_size, {batch_size}")
+    if not members:
+        raise UserError("no member to train: give at least one")
+    for member in members:
+        if member.epochs < 1 or not 0 < member.min_time < 1:
+            raise UserError(f"discriminator {member.name}: epochs must be >= 1 and 0 < min_time < 1")
+        if not (0 <= member.learning_rate < math.inf and 0 <= member.weight_decay < math.inf):
+            raise UserError(f"discriminator {member.name}: learning_rate {member.learning_rate} and weight_decay "
+                            f"{member.weight_decay} must be finite, not negative")
+    for what, name, known in (("resampling", settings.resampling, RESAMPLINGS), ("clock", settings.clock, CLOCKS)):
+        if name not in known:
+            raise UserError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+    for m, epoch in settings.kept:
+        if not (0 <= m < len(members) and 1 <= epoch <= members[m].epochs):
+            raise UserError(f"cannot keep epoch {epoch} of member {m}: it is not trained")
+
+
+# ---- a member in training ----------------------------------------------------------------
+
+
+class Trainee:
+    """A member in training. Its tensors and history are all the state there is.
+
+    times: int64 [N], how often it sees each training image in an epoch; kept: epochs whose weights it keeps.
+    """
+
+    def __init__(self, config, head, times, kept):
+        self.config, self.head, self.times, self.history, self.best_state = config, head, times, [], {}
+        self.kept = {f"epoch{epoch}": {} for epoch in kept}
+        self.optimizer = torch.optim.Adam(
+            head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+    def state(self):
+        """A copy of the head's weights on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
+
+    def tensors(self):
+        """Everything as one flat dict: head.*, best.*, adam.<parameter>.* and epoch<number>.*, copies on the CPU."""
+        adam = {f"{i}.{name}": value.detach().cpu().clone()
+                for i, slots in self.optimizer.state_dict()["state"].items() for name, value in slots.items()}
+        groups = {"head": self.state(), "best": self.best_state, "adam": adam, **self.kept}
+        return {f"{group}.{name}": v for group, values in groups.items() for name, v in values.items()}
+
+    def load(self, tensors, history):
+        """Become what `tensors` returned, with that history."""
+        groups = {"head": {}, "best": {}, "adam": {}, **{which: {} for which in self.kept}}
+        for key, value in tensors.items():
+            group, name = key.split(".", 1)
+            groups[group][name] = value.clone()
+        self.head.load_state_dict(groups["head"])
+        self.best_state, self.history = groups["best"], history
+        self.kept = {which: groups[which] for which in self.kept}
+        slots = {}
+        for key, value in groups["adam"].items():
+            index, name = key.split(".")
+            slots.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+
+    def record(self, epoch: int, train, validation) -> None:
+        """Add a row to the history, of (loss, accuracy) pairs; keep weights that are the best yet, or asked for."""
+        row = {"epoch": epoch, "train_loss": train[0], "train_accuracy": train[1],
+               "val_loss": validation[0], "val_accuracy": validation[1]}  # fmt: skip
+        if row["val_loss"] < min((r["val_loss"] for r in self.history), default=math.inf):
+            self.best_state = self.state()
+        if f"epoch{epoch}" in self.kept:
+            self.kept[f"epoch{epoch}"] = self.state()
+        self.history.append(row)
+
+    def step(self, batch: "Batch") -> None:
+        """The optimiser's step on a batch, unless the member saw none of it."""
+        if batch.seen_by(self).any():
+            self.optimizer.step()
+
+
+# ---- batches, their parts, and the loss on them ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Noised images x_vp [B, C, H, W], their labels and VP times [B], and their rows in the training data.
+
+    time: as the networks read it. rows is None for validation, whose images every member sees once.
+    """
+
+    x_vp: torch.Tensor
+    label: torch.Tensor
+    vp_time: torch.Tensor
+    time: torch.Tensor
+    rows: np.ndarray | None
+
+    def seen_by(self, trainee: Trainee) -> torch.Tensor:
+        """How often the member sees each image: int64 [B]. Never at times below its own least."""
+        seen = (self.vp_time >= trainee.config.min_time).long()
+        return seen if self.rows is None else seen * torch.from_numpy(trainee.times[self.rows])
+
+    def part(self, number: int, parts: int) -> torch.Tensor:
+        """The places of the images of one part of the batch; empty if there are fewer images than parts."""
+        return torch.arange(len(self.label)).tensor_split(parts)[number]
+
+
+def noised_batches(split: Split, order, trainees, rng, settings: TrainingSettings, device):
+    """Batches of split.images, noised at times of the training density on [t_min, 1]. All ranks draw the same.
+
+    t_min is the least min_time of the trainees; one with a larger min_time uses only the times at or above it, which
+    have exactly the training density of its own interval. order: of the images, for training, which leaves out an
+    incomplete last batch; None to validate on all of them as they come.
+    """
+    learn, size = order is not None, settings.batch_size
+    order = order if learn else np.arange(len(split.images))
+    t_min = min(trainee.config.min_time for trainee in trainees)
+    times = sample_vp_time(torch.from_numpy(rng.random(len(order))), t_min)
+    for start in range(0, len(order) - (size - 1 if learn else 0), size):
+        rows, vp_time = order[start : start + size], times[start : start + size]
+        x_vp = perturb(split.images[rows], vp_time, rng)
+        label = torch.from_numpy(split.labels[rows]).to(device, torch.float32)
+        time = CLOCKS[settings.clock](vp_time).to(device, torch.float32)
+        yield Batch(x_vp, label, vp_time, time, rows if learn else None)
+
+
+def head_loss(head, features, time, label, precision: str):
+    """Binary cross-entropy of a head on features of noised images, summed, in nats; and how many it got right.
+
+    This is Kim et al. 2023, eq. 6 (report, eq:loss): its weight by noise level lies in the density of the times.
+    """
+    with autocast(features.device, precision):
+        logit = head(features, time)[:, 0].float()
+        loss = F.binary_cross_entropy_with_logits(logit, label, reduction="sum")
+    return loss, ((logit > 0) == (label > 0.5)).sum()
+
+
+def _member_on_part(batch, part, features, precision, trainee, total):
+    """One member on one part of a batch: adds loss, hits and count to `total`, and its share to the gradients, if any.
+
+    features [n, F, h, w]: of the images at the places `part` [n].
+    """
+    seen = batch.seen_by(trainee)
+    which = torch.arange(len(part)).repeat_interleave(seen[part]).to(features.device)
+    if len(which) == 0:
+        return
+    rows = features.permute(0, 2, 3, 1)[which].permute(0, 3, 1, 2)  # an index alone would forget the fast memory layout
+    with torch.set_grad_enabled(batch.rows is not None):  # a thread has its own
+        loss, hits = head_loss(trainee.head, rows, batch.time[part][which], batch.label[part][which], precision)
+    if loss.requires_grad:
+        (loss / seen.sum()).backward()
+    total += torch.stack([loss.detach(), hits, hits.new_tensor(len(which))])
+
+
+def part_losses(extractor, settings: TrainingSettings, each, trainees, batch: Batch, totals, number: int) -> None:
+    """All members on part `number` of a batch: the extractor once, then every head on its features.
+
+    Adds loss, hits and count of every member to totals [parts, M, 3], and, for training, to its gradients.
+    """
+    part, device = batch.part(number, settings.parts), batch.label.device
+    if len(part) == 0:
+        return
+    with torch.no_grad(), autocast(device, settings.precision):
+        features = extractor.features(batch.x_vp[part].to(device), batch.time[part])
+    each(partial(_member_on_part, batch, part, features, settings.precision), trainees, totals[number])
+
+
+def sum_gradients(parameters, parts: int, backward: Callable[[int], None], ranks) -> None:
+    """Leave in each parameter the gradient that backward(0) ... backward(parts - 1) add up to, dealt to the ranks.
+
+    Each part is one rank's, and they are added in their order, so that the same bits come out however many ranks
+    there are. The optimiser's step after it is every rank's own.
+    """
+    mine = range(parts)[ranks.slice(parts)]
+    parameters = list(parameters)
+    table = parameters[0].new_zeros(parts, sum(parameter.numel() for parameter in parameters))
+    for part in mine:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        backward(part)
+        torch.cat([parameter.grad.reshape(-1) for parameter in parameters], out=table[part])
+    ranks.sum(table)  # zeros of all ranks but one: nothing is rounded here
+    total = functools.reduce(torch.add, table)
+    for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def mean_scores(totals, trainees, ranks) -> list:
+    """(loss, accuracy) of each member over all images: totals [parts, M, 3], summed over ranks, then parts in order."""
+    ranks.sum(totals)
+    totals = totals.cumsum(0)[-1]
+    for trainee, loss in zip(trainees, totals[:, 0].tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise UserError(f"discriminator {trainee.config.name}: its loss is not finite in epoch "
+                            f"{len(trainee.history) + 1}: lower its learning rate")
+    return (totals[:, :2] / totals[:, 2:]).tolist()
+
+
+@contextmanager
+def _side_by_side(device):
+    """Yields each(function, *sequences), which calls the function with the first of all, the second of all, and so on.
+
+    On a CPU each call has one thread, and as many run at once as there are threads: heads are too small for more,
+    and their gradients' last bits would depend on the number.
+    """
+    if device.type != "cpu":
+        yield lambda function, *sequences: list(map(function, *sequences))
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda function, *sequences: list(pool.map(function, *sequences))
+    finally:
+        torch.set_num_threads(threads)  # of threads to come: the setting above is theirs, too
+
+
+# ---- the loop ----------------------------------------------------------------------------
+
+
+def _passes(settings: TrainingSettings) -> list[tuple[int, list[int]]]:
+    """Passes over the data, (epoch, members): side by side an epoch of all that are unfinished, else of one."""
+    epochs = [config.epochs for config in settings.members]
+    if settings.sequential:
+        return [(epoch, [m]) for m, count in enumerate(epochs) for epoch in range(count)]
+    return [(epoch, [m for m, count in enumerate(epochs) if epoch < count]) for epoch in range(max(epochs))]
+
+
+def _snapshot(trainees, passes_done: int) -> tuple[dict, dict]:
+    """All that a training is, for `Callbacks.checkpoint`."""
+    tensors = {f"{m}.{key}": value for m, trainee in enumerate(trainees) for key, value in trainee.tensors().items()}
+    return tensors, {"rounds_done": passes_done, "histories": [list(trainee.history) for trainee in trainees]}
+
+
+def _restore(trainees, snapshot) -> int:
+    """Put the trainees where they were, and return how many passes are done."""
+    if snapshot is None:
+        return 0
+    tensors, info = snapshot
+    for m, trainee in enumerate(trainees):
+        own = {key.removeprefix(f"{m}."): value for key, value in tensors.items() if key.startswith(f"{m}.")}
+        trainee.load(own, list(info["histories"][m]))
+    return info["rounds_done"]
+
+
+def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn: Split, validate: Split,
+                         settings: TrainingSettings, callbacks: Callbacks = QUIET, ranks=ONE_PROCESS,
+                         ) -> list[TrainedMember]:  # fmt: skip
+    """Train independent heads on a frozen extractor's features of noised images, real against generated.
+
+    make_head(m): a fresh head of member m. ranks: what `OneProcess` is for one; all ranks call this alike.
+    Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, unusable settings.
+    """
+    _check([learn, validate], settings)
+    device, parts = next(extractor.parameters()).device, settings.parts
+    extractor.eval().requires_grad_(False)
+    times = RESAMPLINGS[settings.resampling](np.asarray(learn.labels), len(settings.members), settings.seed)
+    trainees = [Trainee(config, make_head(m).to(device), times[m], [epoch for k, epoch in settings.kept if k == m])
+                for m, config in enumerate(settings.members)]  # fmt: skip
+    done = _restore(trainees, callbacks.resume)
+    with _side_by_side(device) as each:
+        losses = partial(part_losses, extractor, settings, each)
+        for number, (epoch, active) in list(enumerate(_passes(settings)))[done:]:
+            now = [trainees[m] for m in active]
+            if settings.sequential and epoch == 0 and number > 0:  # the network is carried on
+                now[0].head.load_state_dict(trainees[active[0] - 1].head.state_dict())
+
+            rng = keyed_rng(settings.seed, number, 0, TRAINING)
+            order = rng.permutation(len(learn.images))
+            weights = [weight for trainee in now for weight in trainee.head.parameters()]
+            totals = torch.zeros(parts, len(now), 3, dtype=torch.float64, device=device)
+            for batch in noised_batches(learn, order, now, rng, settings, device):
+                sum_gradients(weights, parts, partial(losses, now, batch, totals), ranks)
+                each(Trainee.step, now, [batch] * len(now))
+            train = mean_scores(totals, now, ranks)
+
+            rng = keyed_rng(settings.seed, 0, 0, VALIDATION)  # the same images and noise every time
+            totals = torch.zeros_like(totals)
+            for batch in noised_batches(validate, None, trainees, rng, settings, device):
+                for part in range(parts)[ranks.slice(parts)]:
+                    losses(now, batch, totals, part)
+            validation = mean_scores(totals, now, ranks)
+
+            for trainee, *scores in zip(now, train, validation, strict=True):
+                trainee.record(epoch + 1, *scores)
+                if callbacks.progress:
+                    callbacks.progress(trainee.config.name, trainee.history[-1])
+            if callbacks.checkpoint:
+                callbacks.checkpoint(*_snapshot(trainees, number + 1))
+    return [TrainedMember(t.config, t.state(), t.best_state, t.kept, t.history) for t in trainees]

@@ -1,0 +1,221 @@
+"""What the notebooks declare at each profile, and the plan that counts what it costs: nothing is computed here."""
+
+from dataclasses import replace
+
+import pytest
+
+from dgutils.cli import plan
+from dgutils.errors import UserError
+from dgutils.pipeline import cells, jobs, parameters
+from dgutils.pipeline.experiment import FAULTS, Experiment, fake_set, faulty_ensemble, key_arms, six_discriminators
+from dgutils.pipeline.work import Declared, needed
+
+AS_RUN = {"num_steps": 35, "boosting": "released", "discriminator_batch_size": 64}
+
+
+@pytest.fixture(autouse=True)
+def empty_clone(monkeypatch, tmp_path):
+    """Stores, kept scores and published weights are in a folder of the test's own."""
+    for function in ("runs_dir", "results_dir"):
+        monkeypatch.setattr(jobs, function, lambda profile, function=function: tmp_path / function / profile)
+    monkeypatch.setenv("DGUTILS_WEIGHTS", str(tmp_path / "weights"))
+
+
+def experiment(profile="quick", **changes) -> Experiment:
+    return Experiment({"profile": profile} | changes)
+
+
+def arms(number: str, profile="quick", **changes) -> list[dict]:
+    """What one notebook declares to be scored: name -> arm, a dict for each call."""
+    found, declare = [], Experiment.declare
+
+    def noted(self, arms, spaces=None, reference=None):
+        declare(self, arms, spaces, reference)
+        found.append(arms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "declare", noted)
+        (source,) = cells.sources(number)
+        cells.experiment_of(source, {"profile": profile} | changes)
+    return found
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper", "study"])
+def test_all_arms_of_a_comparison_have_the_same_seeds(profile):
+    p = parameters.load(profile)
+    for number in ("04", "05", "06"):
+        scored = [arm for name, arm in arms(number, profile)[0].items() if name != "floor"]
+        assert {(arm.seeds, arm.n) for arm in scored} == {(range(p.eval_seed, p.eval_seed + p.num_eval), p.num_eval)}
+    assert not set(fake_set(experiment(profile)).seeds) & set(scored[0].seeds)
+
+
+def test_an_arm_of_two_notebooks_is_one_artifact():
+    evaluation, claims, members = (arms(number)[0] for number in ("04", "05", "06"))
+    assert evaluation["paper"].digest == claims["paper"].digest == members["paper"].digest
+    assert evaluation["ensemble"].digest == members["mean_probability"].digest
+    assert claims["fault"].digest == members["raw_all"].digest != members["raw_one"].digest
+    assert len({arm.digest for arm in members.values()}) == len(members)
+
+
+def test_seed_blocks_are_disjoint_and_apart_from_the_fake_set():
+    blocks = [found for found in arms("04", "paper") if isinstance(found.get("paper"), list)]
+    assert len(blocks) == 1 and blocks[0].keys() == {"unguided", "paper", "authors"}
+    for sets in blocks[0].values():
+        assert [arm.seeds for arm in sets] == [range(0, 50000), range(50000, 100000), range(100000, 150000)]
+    paper = experiment("paper")
+    assert fake_set(paper).seeds.start >= 150000 and paper.reference.n == 50000  # EDM's protocol
+    assert paper.reference.split == "train"
+
+
+def test_floor_is_other_images_than_the_reference():
+    quick, paper = experiment(), experiment("paper")
+    assert (quick.reference.split, quick.floor.split) == ("test", "test")
+    assert quick.floor.start == quick.reference.start + quick.reference.n
+    assert (paper.floor.split, paper.floor.n, paper.floor.start) == ("test", 10000, 0)
+    assert quick.real("train").n == quick.reference.n
+
+
+def test_what_changes_a_step_is_in_its_identity_and_what_is_at_its_default_is_not():
+    sampling = jobs.Sampling("fashion-mnist-edm")
+    assert jobs.less_defaults(sampling) == {"score_network": "fashion-mnist-edm"}
+    assert jobs.less_defaults(replace(sampling, rho=5.0)).keys() == {"score_network", "rho"}
+    guide = experiment().guide(six_discriminators(experiment()))
+    identity = experiment().images("guided", guide).rows.artifact.identity
+    assert identity["config"].keys() == {"score_network", "num_steps", "batch_size", "precision", "guidance"}
+    assert identity["config"]["guidance"].keys() == {"members"}
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(num_eval=0), "notebook 04: num_eval is 0: input should be greater than or equal to 1"),
+    (dict(boosting="sometimes"), "boosting is 'sometimes'"),
+    (dict(head_channels=7), "num_head_channels"),
+    (dict(profile="quik"), "unknown profile quik: there are cifar10, paper, quick"),
+])  # fmt: skip
+def test_what_is_impossible_is_said_before_anything_is_made(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Experiment(changes, "04")
+    assert not list(tmp_path.iterdir())
+
+
+def test_none_and_what_is_no_parameter_leave_the_profile_as_it_is():
+    assert experiment(num_eval=None, other=7, six=None).parameters == parameters.load("quick")
+    assert experiment(num_eval=8).parameters == parameters.load("quick", {"num_eval": 8})
+
+
+# --- the ladder of faults
+
+
+def differences(a, b) -> set[str]:
+    """In which of the settings of FAULTS two arms differ."""
+    found = {key for key in ("rule", "members", "state", "boosting") if getattr(a.guide, key) != getattr(b.guide, key)}
+    found |= {"num_steps"} if a.sampling.num_steps != b.sampling.num_steps else set()
+    assert a.sampling == replace(b.sampling, num_steps=a.sampling.num_steps)
+    return found | {"training"} if a.guide.discriminators.digest != b.guide.discriminators.digest else found
+
+
+SETTING = {"raw_logits": "rule", "sequential": "training", "wrong_file": "members", "last_epoch": "state",
+           "boosting": "boosting", "steps": "num_steps", "batch_size": "training"}  # fmt: skip
+
+
+def test_each_rung_mends_one_fault_and_each_single_fault_adds_one():
+    rungs = next(found for found in arms("06", ladder=list(FAULTS), as_run=AS_RUN) if "as_run" in found)
+    down = [rungs[name] for name in rungs if not name.startswith("only_")]
+    assert len(down) == len(FAULTS) + 1
+    for fault, above, below in zip(FAULTS, down, down[1:], strict=False):
+        assert differences(above, below) == {SETTING[fault]}, fault
+    for fault in FAULTS:
+        assert differences(rungs[f"only_{fault}"], rungs["correct"]) == {SETTING[fault]}, fault
+    assert rungs["without_boosting"].digest == rungs["only_batch_size"].digest  # the last rung above the correct one
+    one = experiment(ladder=list(FAULTS), as_run=AS_RUN)
+    guide = one.guide(six_discriminators(one), range(6), "mean_probability", state="best")
+    assert faulty_ensemble(one, [], "x").digest == one.images("x", guide).digest == rungs["correct"].digest
+
+
+def test_repeats_are_independent_trainings_on_the_same_image_seeds():
+    one = experiment(ladder=list(FAULTS), as_run=AS_RUN, repeats=3, num_key=250)
+    found = key_arms(one)
+    assert all(len({arm.digest for arm in by_training}) == 3 for by_training in found.values())
+    assert {(arm.n, arm.seeds.start) for by_training in found.values() for arm in by_training} == {
+        (250, one.parameters.eval_seed)}
+    for name, faults in (("correct", []), ("as_run", list(FAULTS))):
+        assert found[name][0].rows.artifact.digest == faulty_ensemble(one, faults, "x").rows.artifact.digest
+
+
+def test_variants_differ_and_a_profile_without_has_none():
+    every = parameters.load("cifar10").variants
+    (found,) = [found for found in arms("06", "cifar10") if every[0] in found]
+    assert list(found) == every and len({arm.digest for arm in found.values()}) == len(every) == 11
+    assert not any({"as_run", "bootstrap"} & found.keys() for found in arms("06"))
+
+
+# --- what is needed, and the plan
+
+
+def test_what_others_are_made_from_comes_first_and_what_is_not_needed_not_at_all():
+    one = experiment()
+    six = six_discriminators(one)
+    arm = one.images("guided", one.guide(six))
+    assert [item.digest for item in needed([arm, six])] == [six.fakes.digest, six.digest, arm.digest]
+    assert needed([arm], lambda item: item.digest != six.digest) == [arm]
+    assert needed([one.floor]) == []
+
+
+def test_a_notebook_of_ones_own_is_planned_and_made_without_being_listed_anywhere():
+    scored = {(score.images.label, score.space) for score in Declared("quick").scored}
+    assert ("guidance by Paper, untrained", "efficientnet-lite0@128") in scored
+    assert ("paper, block 1", "fashion-mnist-adm") not in scored  # the same images as "guidance by Paper"
+
+
+@pytest.fixture
+def small():
+    """The plan's steps of quick with round numbers, and its parameters."""
+    declared = Declared("quick", dict(num_eval=100, shard_size=50, batch_size=50, num_fake=200, num_sweep=50,
+                                      num_steps=10, seed_blocks=2))  # fmt: skip
+    return plan.steps(declared), declared.parameters
+
+
+def test_plan_counts_what_the_arms_cost(small, tmp_path):
+    steps, p = small
+    by_label = {step.label: step for step in steps}
+    assert by_label["fake set"].score == 200 * 19  # 10 Heun steps are 19 evaluations
+    assert by_label["unguided sampling"].score == 100 * 19 and by_label["unguided sampling"].gradient == 0
+    one, six = by_label["guidance by Paper"], by_label["guidance by the ensemble"]
+    assert one.gradient == six.gradients > 0 == one.gradients == six.gradient
+    assert one.gradient % 100 == 0 and one.gradient <= 100 * 10
+    assert by_label["DDPM's ancestral sampler"].score == 100 * p.ancestral_steps
+    assert by_label["paper, block 2"].n == 100
+    training = by_label["training: six discriminators, Paper 5, D1 3, D2 3, D3 3, D4 3, D5 16 epochs"]
+    assert training.train == 2 * 200 * 8 // 10 * (5 + 3 + 3 + 3 + 3 + 16)
+    assert all(step.missing for step in steps) and not list(tmp_path.iterdir())
+
+
+def test_plan_counts_the_trainings_of_the_ladder_and_the_worse_images():
+    declared = Declared("quick", dict(ladder=list(FAULTS), as_run=AS_RUN, repeats=3,
+                                      variants=parameters.load("cifar10").variants))  # fmt: skip
+    labels = [step.label for step in plan.steps(declared)]
+    trainings = [label for label in labels if label.startswith("training: ")]
+    # correct and as run, three seeds each; two faults; a sweep; bootstrap, disjoint, long, full, worse
+    assert len(trainings) == len(set(trainings)) == 3 + 3 + 2 + 1 + 5
+    assert "fake set of 6 steps" in labels and "fake set" in labels
+
+
+def test_plan_lists_each_image_once(small):
+    steps, _ = small
+    assert len({step.label for step in steps if step.score}) == sum(bool(step.score) for step in steps)
+    assert not any(step.label == "Paper, weight 2" for step in steps)  # the first 50 images of "guidance by Paper"
+    assert next(step for step in steps if step.label == "guidance by Paper").features == {
+        space: 150 for space in ("fashion-mnist-adm", "efficientnet-lite0@128")}  # of 100, and of those 50
+
+
+def test_plan_keeps_the_state_of_unfinished_trainings():
+    name = six_discriminators(experiment()).artifact.name
+    jobs.open_store("quick").save_partial(name, b"ten epochs")
+    plan.steps(Declared("quick"))
+    assert jobs.open_store("quick").load_partial(name) == b"ten epochs"
+
+
+def test_plan_of_the_published_profile_needs_no_file(tmp_path):
+    steps = plan.steps(Declared("paper"))
+    assert sum(step.n for step in steps if step.score) > 500_000
+    assert {step.label for step in steps} >= {"guidance by the published discriminator", "class-conditional, guided"}
+    assert not list(tmp_path.iterdir())
