@@ -170,9 +170,9 @@ def run(profile="quick"):
     check("Python", check_python)
     installed, values = check("packages", check_packages), {}
     if installed:
-        from dgutils.pipeline.notebooks import load_profile
+        from dgutils.pipeline.parameters import load
 
-        values = load_profile("quick") | load_profile(profile)  # what a profile leaves out is as in quick
+        values = load(profile).model_dump()
     check("disk", check_disk, values, installed)
     check("folder", check_folder, profile)
     check("memory", check_memory)
