@@ -180,7 +180,7 @@ def prepare(stage, folder, inputs):
     """A folder as the stage finds it: its inputs are there, it has not begun."""
     (folder / "notebooks" / "profiles").mkdir(parents=True)
     shutil.copytree(Path(__file__).parents[1] / "docs", folder / "docs")  # the report quotes it
-    (folder / "notebooks" / "profiles" / "smoke.yaml").write_text("profile: smoke\n")
+    (folder / "notebooks" / "profiles" / "smoke.yaml").write_text("watermark: smoke\n")
     if stage == "notebook":
         import nbformat
         from nbformat import v4

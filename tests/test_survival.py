@@ -143,16 +143,17 @@ def test_full_disk_is_one_line_and_what_is_done_stays(small_disk, writer):
 
 def test_disk_that_a_notebook_fills_is_one_line(small_disk):
     (small_disk / "notebooks" / "profiles").mkdir(parents=True)
-    (small_disk / "notebooks" / "profiles" / "smoke.yaml").write_text("full: true\n")
-    fill_disk = f"{inspect.getsource(fill)}\nimport pathlib\nif full:\n    fill(pathlib.Path({str(small_disk)!r}))\n"
-    cells = ["full: bool = True", fill_disk + "print('x' * 100_000)", 'print("NOTEBOOK COMPLETE: 01_demo")']
+    (small_disk / "notebooks" / "profiles" / "smoke.yaml").write_text("")
+    fill_disk = (f"{inspect.getsource(fill)}\nimport pathlib\nif watermark != 'enough':\n"
+                 f"    fill(pathlib.Path({str(small_disk)!r}))\n")
+    cells = ["watermark: str = 'full'", fill_disk + "print('x' * 100_000)", 'print("NOTEBOOK COMPLETE: 01_demo")']
     notebook = v4.new_notebook(cells=[v4.new_code_cell(cell) for cell in cells])
     notebook.cells[0].metadata.tags = ["parameters"]
     nbformat.write(notebook, small_disk / "notebooks" / "01_demo.ipynb")
     with pytest.raises(UserError, match="no space left"):
         run_profile("smoke")
     (small_disk / "ballast").unlink()
-    assert list(run_profile("smoke", overrides={"full": False})) == ["01_demo"]
+    assert list(run_profile("smoke", overrides={"watermark": "enough"})) == ["01_demo"]
 
 
 # --- lost rights
