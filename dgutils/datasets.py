@@ -25,14 +25,6 @@ CHECKSUMS = {
     ("cifar10", "train"): "d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85",
     ("cifar10", "test"): "899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c",
 }
-CLASS_NAMES = {
-    "fashion_mnist": (
-        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-    ),
-    "cifar10": (
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    ),
-}  # fmt: skip
 TEST_IMAGES = 10000  # of either dataset
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 

@@ -41,10 +41,10 @@ def _array(given) -> np.ndarray:
     return x
 
 
-def _checked(features, at_least: int = 1, like: np.ndarray | None = None) -> np.ndarray:
+def _checked(features, at_least: int = 1, like=None) -> np.ndarray:
     """Features [N,d] in their own float32 or float64, all else as float64.
 
-    Raises UserError for what is not a matrix, has too few rows, is not finite or too large, or has another dimension.
+    Raises UserError for what is no matrix, has too few rows, is not finite, too large or of another dimension.
     """
     x = _array(features)
     x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
@@ -61,6 +61,11 @@ def _checked(features, at_least: int = 1, like: np.ndarray | None = None) -> np.
     return x
 
 
+def _same_dim(a, b) -> None:
+    if a.shape[-1] != b.shape[-1]:
+        raise UserError(f"feature dimensions differ ({a.shape[-1]} and {b.shape[-1]}): use one feature space")
+
+
 def _whole(least: int, **numbers) -> None:
     """Raises UserError unless each is a whole number, at least `least`."""
     for name, value in numbers.items():
@@ -69,21 +74,14 @@ def _whole(least: int, **numbers) -> None:
 
 
 def _blocks(x: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    return ((start, x[start:start + size]) for start in range(0, len(x), size))
-
-
-def _same_dim(a: np.ndarray, b: np.ndarray) -> None:
-    if a.shape[-1] != b.shape[-1]:
-        raise UserError(f"feature dimensions differ ({a.shape[-1]} and {b.shape[-1]}): use one feature space")
+    return ((start, x[start : start + size]) for start in range(0, len(x), size))
 
 
 # ---- Fréchet distance ------------------------------------------------------------------
 
-class FeatureStats:
-    """Streaming mean and covariance of features in float64; memory [d,d] whatever n.
 
-    `a + b` pools two disjoint sets, `all_reduce` those of several processes.
-    """
+class FeatureStats:
+    """Mean and covariance of features in float64; memory [d,d] whatever n."""
 
     def __init__(self, features=None):
         self.n, self.mean, self.scatter = 0, None, None
@@ -94,23 +92,6 @@ class FeatureStats:
             for _, rows in _blocks(x, 4096):
                 centred = rows - self.mean
                 self.scatter += centred.T @ centred  # [d,d]
-
-    def update(self, features) -> "FeatureStats":
-        """Add a batch [B,d] in place; returns self."""
-        self.__dict__.update(vars(self + FeatureStats(features)))
-        return self
-
-    # Chan, Golub & LeVeque 1983: scatter = scatter_a + scatter_b + (n_a n_b / n) delta delta^T. Unlike
-    # sum(x x^T) - n mean mean^T, nothing large cancels when the mean is far from zero.
-    def __add__(self, other: "FeatureStats") -> "FeatureStats":
-        if not (self.n and other.n):
-            return self if self.n else other
-        _same_dim(self.mean, other.mean)
-        pooled, delta = FeatureStats(), other.mean - self.mean
-        pooled.n = self.n + other.n
-        pooled.mean = self.mean + delta * (other.n / pooled.n)
-        pooled.scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.n * other.n / pooled.n)
-        return pooled
 
     def all_reduce(self, dim: int, sum_over_processes: Callable[[torch.Tensor], object]) -> "FeatureStats":
         """The statistics of all processes' rows together; every process calls it, those without rows too.
@@ -138,13 +119,17 @@ class FeatureStats:
         return self.scatter / (self.n - 1)
 
 
+def _stats(given) -> FeatureStats:
+    return given if isinstance(given, FeatureStats) else FeatureStats(given)
+
+
+def _above_rounding(eigenvalues: np.ndarray) -> np.ndarray:
+    """Which eigenvalues are not 0: one that should be comes out near eps * largest, and its root as 1e-8."""
+    return eigenvalues > len(eigenvalues) * np.finfo(np.float64).eps * eigenvalues.max(initial=0)
+
+
 def _sum_sqrt(eigenvalues: np.ndarray) -> float:
-    # sqrt magnifies rounding: an eigenvalue that should be 0 comes out near eps * largest, of either sign,
-    # and its root is 1e-8, not 1e-16. Below the rounding level of eigvalsh it counts as 0.
-    if not len(eigenvalues):
-        return 0.0
-    floor = len(eigenvalues) * np.finfo(np.float64).eps * eigenvalues.max()
-    return float(np.sqrt(eigenvalues[eigenvalues > floor]).sum())
+    return float(np.sqrt(eigenvalues[_above_rounding(eigenvalues)]).sum())
 
 
 class FrechetReference:
@@ -153,7 +138,7 @@ class FrechetReference:
     Heusel et al. 2017, eq. 6 (Dowson & Landau 1982):
         |m - m_ref|^2 + tr C + tr C_ref - 2 tr sqrt(C_ref C),
     where C_ref C and the symmetric r x r matrix R^T C R share their non-zero eigenvalues, so that no square
-    root of a non-symmetric product is taken. As a callable it is `distance`, for `paired_bootstrap`.
+    root of a non-symmetric product is taken. As a callable it is `distance`, for `resample`.
 
     Biased upward at small n, and not alike for all sets: 1000 real CIFAR-10 images, their features (d = 1280)
     pulled 10 % towards their mean, score *better* than untouched. Read it beside the unbiased `kid`.
@@ -163,7 +148,7 @@ class FrechetReference:
         stats = _stats(features_or_stats)
         self.mean, self.trace = stats.mean, float(np.trace(stats.cov))
         values, vectors = np.linalg.eigh(stats.cov)
-        keep = values > len(values) * np.finfo(np.float64).eps * values.max()
+        keep = _above_rounding(values)
         self.root = vectors[:, keep] * np.sqrt(values[keep])  # [d,r]
 
     def distance(self, features_or_stats) -> float:
@@ -183,8 +168,7 @@ class FrechetReference:
         seconds each (d = 2048). On toys of 32 and 128 dimensions, at 20 and 40 rows a dimension, its spread was
         0.85 to 0.96 of the exact resamples' and 0.95 to 1.4 of the true one.
         """
-        x = _checked(features, at_least=2, like=self.mean)
-        indices = _array(indices)
+        x, indices = _checked(features, at_least=2, like=self.mean), _array(indices)
         if indices.ndim != 2 or indices.dtype.kind not in "iu" or not indices.size or not (
                 0 <= indices.min() <= indices.max() < len(x)):  # fmt: skip
             raise UserError(f"resamples are rows [R,n] of numbers from 0 to {len(x) - 1}, got shape {indices.shape}")
@@ -213,20 +197,14 @@ class FrechetReference:
     def _linear_distances(self, x: np.ndarray, indices) -> np.ndarray:
         stats = FeatureStats(x)
         values, vectors = np.linalg.eigh(self.root.T @ stats.cov @ self.root)
-        keep = values > len(values) * np.finfo(np.float64).eps * values.max()
+        keep, influence = _above_rounding(values), np.empty(len(x))
         whiten = self.root @ (vectors[:, keep] * values[keep] ** -0.25)  # [d,r]
-        influence = np.empty(len(x))
         for start, rows in _blocks(x, 4096):
             z = rows - stats.mean
             influence[start : start + len(z)] = (
-                2 * z @ (stats.mean - self.mean) + np.square(z).sum(axis=1) - np.square(z @ whiten).sum(axis=1)
-            )
+                2 * z @ (stats.mean - self.mean) + np.square(z).sum(axis=1) - np.square(z @ whiten).sum(axis=1))
         influence -= influence.mean()  # a resample has as many rows
         return self.distance(stats) + np.array([influence[index].mean() for index in indices])
-
-
-def _stats(given) -> FeatureStats:
-    return given if isinstance(given, FeatureStats) else FeatureStats(given)
 
 
 def frechet_distance(stats_a, stats_b) -> float:
@@ -235,6 +213,7 @@ def frechet_distance(stats_a, stats_b) -> float:
 
 
 # ---- scores over all pairs of images ---------------------------------------------------
+
 
 @dataclass(frozen=True)
 class PairScores:
@@ -245,7 +224,10 @@ class PairScores:
 
 
 class _Rows:
-    """Features about a common centre c, cut into tiles for products: x.y = (x-c).(y-c) + share_x + share_y."""
+    """Features about a common centre c, cut into tiles for products: x.y = (x-c).(y-c) + share_x + share_y.
+
+    About the centre distances are as before, but |a|^2 + |b|^2 - 2 a.b cancels less.
+    """
 
     def __init__(self, features: np.ndarray, centre: torch.Tensor, block: int):
         self.x, self.centre, self.dtype = torch.from_numpy(features).to(centre.device), centre, features.dtype
@@ -254,7 +236,6 @@ class _Rows:
         self.share = torch.cat([self.tile(s) @ centre for s in self.slices]) + centre @ centre / 2  # [N]
 
     def tile(self, rows: slice) -> torch.Tensor:
-        # about the centre distances are as before, but |a|^2 + |b|^2 - 2 a.b cancels less
         return self.x[rows] - self.centre  # [B,d]
 
 
@@ -340,18 +321,18 @@ class PairReference:
         _whole(0, n_resamples=n_resamples, seed=seed)
         real, given = self.rows, _checked(features, at_least=self.k_pr + 1, like=self.rows.centre)
         fake = _Rows(given.astype(real.dtype, copy=False), real.centre, self.block)
-        n, m = len(real.x), len(fake.x)
+        n, m, device = len(real.x), len(fake.x), real.centre.device
         counts = np.empty((n_resamples, m), real.dtype)
         for row, index in enumerate(_resample_indices(m, n_resamples, seed)):
             counts[row] = np.bincount(index, minlength=m)
-        counts = torch.from_numpy(counts.T).to(real.centre.device)  # [M,R]
+        counts = torch.from_numpy(counts.T).to(device)  # [M,R]
         total, draws, nearest = _within(fake, self.k_pr, counts)
         ball_pr, ball_dc = self.nearest[:, self.k_pr - 1], self.nearest[:, self.k_dc - 1]  # [N], squared radii
         fake_ball = nearest[:, self.k_pr - 1]  # [M]
 
-        across = torch.zeros(m, dtype=torch.float64, device=counts.device)
-        precise, recalled, covered = (torch.zeros(k, dtype=torch.bool, device=counts.device) for k in (m, n, n))
-        inside = torch.zeros((), dtype=torch.int64, device=counts.device)
+        across = torch.zeros(m, dtype=torch.float64, device=device)
+        precise, recalled, covered = (torch.zeros(k, dtype=torch.bool, device=device) for k in (m, n, n))
+        inside = torch.zeros((), dtype=torch.int64, device=device)
         for i, j, kernel, d2 in _pairs(real, fake):
             across[j] += kernel.sum(0) / n
             # a <= b for any pair, as min(a - b) <= 0: vectorised, where bool.any() is not
@@ -364,10 +345,9 @@ class PairReference:
         draws = draws / (m**2 - counts.square().sum(0)) + self.kernel_mean - 2 * (across @ counts) / m  # [R]
         value, draws = total / (m * (m - 1)) + self.kernel_mean - 2 * across.mean().item(), draws.numpy(force=True)
         self._refuse_overflow([value, *draws], given)
-        return PairScores(Resampled(value, draws), {
-            "precision": precise.double().mean().item(), "recall": recalled.double().mean().item(),
-            "density": inside.item() / (self.k_dc * m), "coverage": covered.double().mean().item(),
-        })  # fmt: skip
+        precision, recall, coverage = (share.double().mean().item() for share in (precise, recalled, covered))
+        return PairScores(Resampled(value, draws), {"precision": precision, "recall": recall,
+                                                    "density": inside.item() / (self.k_dc * m), "coverage": coverage})
 
 
 def kid(x, y) -> float:
@@ -376,6 +356,7 @@ def kid(x, y) -> float:
 
 
 # ---- intervals -------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -390,10 +371,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Resampled:
-    """A statistic of one arm, and of its resamples; arms of equal n and seed were resampled alike."""
+    """A statistic of one arm, and of its resamples, draws [R]; arms of equal n and seed were resampled alike."""
 
     value: float
-    draws: np.ndarray  # [R]
+    draws: np.ndarray
 
     # The basic interval (Davison & Hinkley 1997, eq. 5.6), with the resamples centred first. A resample has fewer
     # distinct images, which moves a Fréchet distance as a smaller n would; that shift says nothing about the
@@ -430,7 +411,8 @@ def resample(statistic: Callable, arm, n_resamples: int, seed: int) -> Resampled
     arm = _array(arm)
     if arm.ndim < 1 or len(arm) < 2:
         raise UserError(f"a bootstrap needs at least 2 images, got shape {arm.shape}")
-    _whole(1, n_resamples=n_resamples), _whole(0, seed=seed)
+    _whole(1, n_resamples=n_resamples)
+    _whole(0, seed=seed)
     indices = _resample_indices(len(arm), n_resamples, seed)
     if hasattr(statistic, "bootstrap_distances"):
         draws = statistic.bootstrap_distances(arm, indices)
@@ -445,6 +427,7 @@ def bootstrap(statistic: Callable, arm, n_resamples: int, seed: int, level: floa
 
 
 # ---- classifier scores -----------------------------------------------------------------
+
 
 def _logits_labels(logits, labels) -> tuple[np.ndarray, np.ndarray]:
     logits, labels = (_array(given).astype(np.float64) for given in (logits, labels))
@@ -480,6 +463,7 @@ def binary_scores(logits, labels) -> dict[str, float]:
 
 
 # ---- features --------------------------------------------------------------------------
+
 
 def as_images(images, channels=()) -> np.ndarray:
     """uint8 [N,H,W,C] of an array, a tensor or a list of images of one size. Raises UserError for all else.

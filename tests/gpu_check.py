@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 START = time.monotonic()  # before torch is imported, which takes seconds
@@ -51,7 +50,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from dgutils import datasets  # noqa: E402
-from dgutils.discriminator import TABLE_1, Ensemble  # noqa: E402
+from dgutils.discriminator import Ensemble, MemberConfig  # noqa: E402
 from dgutils.guidance import BOOSTING, GuidedDenoiser, grad_log_density_ratio  # noqa: E402
 from dgutils.networks import checkpoints  # noqa: E402
 from dgutils.networks.adm import EncoderUNet, init_head  # noqa: E402
@@ -426,7 +425,7 @@ def training(size, found) -> dict:
     channels, height, width = ours.score.shape
     pixels = np.random.default_rng(0).integers(0, 256, (many, height, width, channels), np.uint8)
     labels, config = np.arange(many) % 2, jobs.head_config(ours.extractor_name, *ours.head)
-    members = tuple(replace(member, epochs=1) for member in TABLE_1)
+    members = tuple(MemberConfig(f"D{i}", 1e-4, 0.0, 1, t) for i, t in enumerate((1e-5, 1e-5, 1e-2, 1e-3, 1e-3, 1e-5)))
 
     def train(count, images=many, parts=1):
         settings = TrainingSettings(members[:count], min(128, many), precision="bfloat16", parts=parts)

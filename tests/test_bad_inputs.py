@@ -12,7 +12,7 @@ import torch
 
 from dgutils import datasets, guidance, metrics, noise
 from dgutils.cli import main as __main__
-from dgutils.discriminator import Discriminator, Ensemble, MemberConfig
+from dgutils.discriminator import Ensemble, MemberConfig
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints, pretrain, weights
 from dgutils.networks.adm import EncoderUNet, init_head
@@ -126,8 +126,8 @@ CASES = {
     "unknown rule": (lambda s: Ensemble(network(EncoderUNet), [network(EncoderUNet)], "mode"), "unknown combination rule 'mode'"),
     "no heads": (lambda s: Ensemble(network(EncoderUNet), [], "mean_logit"), "at least one discriminator"),
     "unknown clock": (lambda s: Ensemble(network(EncoderUNet), [network(EncoderUNet)], "mean_logit", "sine"), "unknown clock 'sine'"),
-    "head of other features": (lambda s: Discriminator(network(EncoderUNet), tiny.random_network(EncoderUNet, tiny.HEAD | {"in_channels": 8}, 0))
-                               .logit(torch.zeros(2, 1, 32, 32), 0.5), r"takes inputs \[N, 8, 4, 4\], got"),
+    "head of other features": (lambda s: Ensemble(network(EncoderUNet), [tiny.random_network(EncoderUNet, tiny.HEAD | {"in_channels": 8}, 0)], "mean_logit")
+                               .log_density_ratio(torch.zeros(2, 1, 32, 32), 0.5), r"takes inputs \[N, 8, 4, 4\], got"),
     "window upside down": (lambda s: guided(time_min=0.5, time_max=0.1), r"window \[0.5, 0.1\]: needs 0 <= time_min <= time_max <= 1"),
     "window beyond 1": (lambda s: guided(time_max=1.5), "needs .*time_max <= 1"),
     "window NaN": (lambda s: guided(time_min=NAN), "needs 0 <= time_min"),

@@ -12,8 +12,6 @@ from torch import nn
 from dgutils.discriminator import (
     RESAMPLINGS,
     RULES,
-    TABLE_1,
-    Discriminator,
     Ensemble,
     MemberConfig,
     evaluate_logits,
@@ -37,6 +35,10 @@ def network(config, seed, dtype=torch.float64):
         for parameter in net.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     return net.to(dtype)
+
+
+def one_member(extractor, head):
+    return Ensemble(extractor, [head], "mean_logit")
 
 
 def logits_like(*rows):
@@ -71,7 +73,7 @@ def test_mean_logit_gradient_is_the_mean_of_the_members_gradients():
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     ensemble = Ensemble(extractor, heads, "mean_logit")
     (together,) = torch.autograd.grad(ensemble.log_density_ratio(x, 0.4).sum(), x)
-    apart = [torch.autograd.grad(Discriminator(extractor, h).logit(x, 0.4).sum(), x)[0] for h in heads]
+    apart = [torch.autograd.grad(one_member(extractor, h).log_density_ratio(x, 0.4).sum(), x)[0] for h in heads]
     assert (together - sum(apart) / 3).abs().max() < 1e-12
     assert (apart[0] - apart[1]).abs().max() > 1e-4
 
@@ -80,7 +82,7 @@ def test_mean_logit_gradient_is_the_mean_of_the_members_gradients():
 def test_an_ensemble_of_clones_is_the_one(rule):
     extractor, head = network(EXTRACTOR, 0), network(HEAD, 1)
     x = torch.randn(5, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    one = Discriminator(extractor, head).logit(x, 0.3)
+    one = one_member(extractor, head).log_density_ratio(x, 0.3)
     six = Ensemble(extractor, [copy.deepcopy(head) for _ in range(6)], rule).log_density_ratio(x, 0.3)
     gradients = [torch.autograd.grad(ratio.sum(), x)[0] for ratio in (one, six)]
     assert one.abs().max() > 0.05 and gradients[0].abs().max() > 1e-3
@@ -212,7 +214,7 @@ def test_training_recovers_a_known_log_density_ratio():
         # Pixel noised: N(+-a MU, a^2 (SPREAD^2 + sigma^2)), so log r = sum 2 MU x / (a (SPREAD^2 + sigma^2)).
         sigma = vp_time_to_sigma(time)[0]
         exact = 2 * MU * x.double().sum(dim=(1, 2, 3)) / (vp_scale(sigma) * (SPREAD**2 + sigma**2))
-        error = (Discriminator(extractor, head).logit(x, time).double() - exact).abs().mean().item()
+        error = (one_member(extractor, head).log_density_ratio(x, time).double() - exact).abs().mean().item()
         assert error < bound, (vp_time, error)
     assert [row["epoch"] for row in trained.history] == [1, 2, 3, 4, 5, 6]
     assert trained.history[-1]["train_loss"] < 0.64 and trained.history[-1]["val_accuracy"] > 0.55
@@ -309,13 +311,6 @@ def test_progress_reports_every_row():
     trained = train([member("a", epochs=1), member("b")], progress=lambda name, row: rows.append((name, row)))
     expected = [("a", trained[0].history[0]), *(("b", row) for row in trained[1].history)]
     assert rows == expected
-
-
-def test_table_1_is_the_drafts():
-    assert [m.epochs for m in TABLE_1] == [60, 40, 40, 40, 40, 200]
-    assert [m.learning_rate for m in TABLE_1] == [0.0003, 0.001, 0.0001, 0.0001, 0.00005, 0.00001]
-    assert [m.weight_decay for m in TABLE_1] == [1e-7, 1e-7, 0, 1e-3, 1e-9, 1e-11]
-    assert [m.min_time for m in TABLE_1] == [1e-5, 1e-5, 0.01, 1e-3, 1e-3, 1e-5]
 
 
 def test_user_errors():

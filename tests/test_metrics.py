@@ -63,16 +63,11 @@ def test_frechet_to_itself_is_zero(n):
     assert abs(metrics.frechet_distance(x, x)) < 1e-6 * np.trace(np.cov(x, rowvar=False))
 
 
-def test_streaming_stats_match_one_shot():
+def test_stats_far_from_zero_lose_no_digits():
     x = gaussian(5, 500, 8, shift=1e6)  # a naive sum of squares loses 12 digits here
-    streamed, parts = metrics.FeatureStats(), metrics.FeatureStats(x[:3]) + metrics.FeatureStats(x[3:])
-    for batch in np.array_split(x, 7):
-        assert streamed.update(batch) is streamed
-    want = np.cov(x, rowvar=False)
-    for stats in (streamed, parts):
-        assert stats.n == 500
-        assert abs(stats.mean - x.mean(0)).max() < 1e-10 * 1e6
-        assert abs(stats.cov - want).max() < 1e-10 * abs(want).max()
+    stats, want = metrics.FeatureStats(x), np.cov(x, rowvar=False)
+    assert stats.n == 500 and abs(stats.mean - x.mean(0)).max() < 1e-10 * 1e6
+    assert abs(stats.cov - want).max() < 1e-10 * abs(want).max()
 
 
 def test_processes_pool_their_statistics():
@@ -305,7 +300,6 @@ GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: metrics.frechet_distance(GOOD, GOOD[:, :4]), "dimensions differ"),
-    (lambda: metrics.FeatureStats(GOOD) + metrics.FeatureStats(GOOD[:, :4]), "dimensions differ"),
     (lambda: metrics.FrechetReference(GOOD).bootstrap_distances(GOOD[:, :4], [[0, 1]]), "dimensions differ"),
     (lambda: metrics.kid(GOOD, GOOD[:, :4]), "dimensions differ"),
     (lambda: metrics.FeatureStats(np.empty((0, 3))), "need at least 1 feature rows, got 0"),
