@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -35,7 +35,7 @@ class TrainingSettings:
     precision: "float32" or "bfloat16". clock: a name of CLOCKS, how extractor and heads read the VP time.
     sequential: the study's fault, one network carried through all members' settings in turn (a fresh optimiser each).
     resampling: a name of RESAMPLINGS, which images a member sees. kept: (member, epoch) pairs whose weights are kept.
-    parts: a batch is divided into so many, which ranks share; results depend on it, not on the number of ranks.
+    parts: a batch is divided into so many, which ranks share; on CPUs results depend on it, not on the number of ranks.
     """
 
     members: tuple[MemberConfig, ...]
@@ -73,6 +73,8 @@ class Callbacks:
 
 class OneProcess:
     """What a training asks of the ranks that share it, answered for one process."""
+
+    world = 1  # how many there are
 
     def slice(self, n: int) -> slice:
         """This rank's part of n things; the ranks' parts follow each other."""
@@ -302,6 +304,14 @@ def _side_by_side(device):
         torch.set_num_threads(threads)  # of threads to come: the setting above is theirs, too
 
 
+def _for_device(settings: TrainingSettings, device, ranks) -> TrainingSettings:
+    """On a GPU as many parts as ranks: it waits for launches, and those of a part take as long as those of a batch.
+
+    Sums are then rounded otherwise for other numbers of ranks, as they are on other GPUs.
+    """
+    return settings if device.type == "cpu" else replace(settings, parts=min(settings.parts, ranks.world))
+
+
 # ---- the loop ----------------------------------------------------------------------------
 
 
@@ -339,7 +349,9 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
     Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, unusable settings.
     """
     _check([learn, validate], settings)
-    device, parts = next(extractor.parameters()).device, settings.parts
+    device = next(extractor.parameters()).device
+    settings = _for_device(settings, device, ranks)
+    parts = settings.parts
     extractor.eval().requires_grad_(False)
     times = RESAMPLINGS[settings.resampling](np.asarray(learn.labels), len(settings.members), settings.seed)
     trainees = [Trainee(config, make_head(m).to(device), times[m], [epoch for k, epoch in settings.kept if k == m])

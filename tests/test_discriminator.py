@@ -3,12 +3,14 @@
 import copy
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dgutils import training
 from dgutils.discriminator import (
     RESAMPLINGS,
     RULES,
@@ -378,3 +380,10 @@ def test_kept_epoch_is_what_a_shorter_training_ends_with():
         assert torch.equal(long[1].kept["epoch2"][key], value)
     with pytest.raises(UserError, match="cannot keep epoch 4 of member 1"):
         train_small(epochs=3, kept=((1, 4),))
+
+
+@pytest.mark.parametrize("device, ranks, parts", [("cpu", 1, 8), ("cpu", 4, 8), ("cuda", 1, 1), ("cuda", 4, 4),
+                                                  ("cuda", 9, 8)])  # fmt: skip
+def test_a_gpu_gets_one_part_of_a_batch_and_a_cpu_those_that_make_the_same_bits(device, ranks, parts):
+    settings = training.TrainingSettings((), parts=8)
+    assert training._for_device(settings, torch.device(device), SimpleNamespace(world=ranks)).parts == parts
