@@ -188,23 +188,23 @@ class Ledger(Recorder):
                  for key, label in rows.items()]  # fmt: skip
         return self.show(name, [head, *heads], cells, caption)
 
-    def show_blocks(self, blocks: dict[str, BySpace], section: str) -> Markdown:
+    def show_blocks(self, key: str, blocks: dict[str, BySpace], section: str) -> Markdown:
         """Record FD in each block of seeds, its mean, standard deviation (of more than one) and minimum; show them."""
         p, rows = self.parameters, []
         for name, arm in blocks.items():
             values = {f"block{number}": scores.fd.value for number, scores in enumerate(arm["first"], 1)}
             fd, first = np.array(list(values.values())), arm["first"][0].arm
             values |= {"mean": fd.mean(), "sd": fd.std(ddof=1) if len(fd) > 1 else None, "min": fd.min()}
-            rows.append((name, *(f"blocks.{name}.{field}" for field in values)))
+            rows.append((name, *(f"{key}.{name}.{field}" for field in values)))
             for field, value in values.items():
                 if value is not None:
-                    self.value(f"blocks.{name}.{field}", value, f"FD of {name}: {field}", section, n=first.n, digits=2,
+                    self.value(f"{key}.{name}.{field}", value, f"FD of {name}: {field}", section, n=first.n, digits=2,
                                seeds=range(first.seeds[0], first.seeds[0] + len(fd) * first.n),
                                artifacts=[scores.digest for scores in arm["first"]])  # fmt: skip
         columns = ["Arm", *(f"Block {number}" for number in range(1, len(fd) + 1)), "Mean", "SD", "Minimum"]
         caption = (f"{space_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
                    f"{p.num_reference} real {p.reference_split} images.")
-        return self.show("blocks", columns, rows, caption)
+        return self.show(key, columns, rows, caption)
 
     def compare(self, scores: dict[str, BySpace], to, key: str, section: str, tables=(), labels=None, above=None,
                 caption: str = "", reference: str = "") -> Markdown:  # fmt: skip
