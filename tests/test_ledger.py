@@ -71,7 +71,11 @@ def test_arms_are_compared_recorded_and_shown(ledger):
     assert (label, other) == ("Unguided sampling", "Guided")
     assert cells[2:4] == [None, None] and changed[2] == "arm.guided.first.fd_change", "a baseline has no change"
     assert "against 100 real test images" in shown.data and "| Guided " in shown.data
-    assert ledger.words("arm.guided", scores=["fd", "kid"]) == {"lower than", "higher than"}
+    assert ledger.agreement("arm.guided") == "KID of guidance against unguided sampling: all feature spaces agree, " \
+        "**higher than**."
+    assert "**do not agree**" in ledger.agreement("arm.guided", ["fd", "kid"])
+    shown = ledger.show_by_space("changes", "Arm", {"arm.guided": "G"}, {"FD": "*.fd_change", "SD": "*.fd_sd"}, "")
+    assert "| G   | -1." in shown.data and ledger.tables["changes"]["rows"][0][2] is None
     (sentence,) = ledger.sentences("arm.guided", "arm.unknown")
     assert sentence.startswith("**own**: KID x 1000 of guidance is **higher than** that of unguided sampling (change ")
     assert "; FD is **lower than** that of unguided sampling (change " in sentence

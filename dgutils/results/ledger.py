@@ -178,6 +178,34 @@ class Ledger(Recorder):
                    caption)  # fmt: skip
         return Markdown(f"{caption}\n\n{self.results.markdown(name)}")
 
+    def show_by_space(self, name: str, head: str, rows: dict[str, str], columns: dict[str, str], caption: str):
+        """Record and show a table with the same columns for each feature space.
+
+        rows: key -> label. columns: head -> what follows the key, with a * for the space, as in "*.kid_change".
+        """
+        heads = [f"{column} ({space})" for space in self.spaces.values() for column in columns]
+        cells = [(label, *(f"{key}.{end.replace('*', slot)}" for slot in self.spaces for end in columns.values()))
+                 for key, label in rows.items()]  # fmt: skip
+        return self.show(name, [head, *heads], cells, caption)
+
+    def show_blocks(self, key: str, blocks: dict[str, BySpace], section: str) -> Markdown:
+        """Record FD in each block of seeds, its mean, standard deviation (of more than one) and minimum; show them."""
+        p, rows = self.parameters, []
+        for name, arm in blocks.items():
+            values = {f"block{number}": scores.fd.value for number, scores in enumerate(arm["first"], 1)}
+            fd, first = np.array(list(values.values())), arm["first"][0].arm
+            values |= {"mean": fd.mean(), "sd": fd.std(ddof=1) if len(fd) > 1 else None, "min": fd.min()}
+            rows.append((name, *(f"{key}.{name}.{field}" for field in values)))
+            for field, value in values.items():
+                if value is not None:
+                    self.value(f"{key}.{name}.{field}", value, f"FD of {name}: {field}", section, n=first.n, digits=2,
+                               seeds=range(first.seeds[0], first.seeds[0] + len(fd) * first.n),
+                               artifacts=[scores.digest for scores in arm["first"]])  # fmt: skip
+        columns = ["Arm", *(f"Block {number}" for number in range(1, len(fd) + 1)), "Mean", "SD", "Minimum"]
+        caption = (f"{space_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
+                   f"{p.num_reference} real {p.reference_split} images.")
+        return self.show(key, columns, rows, caption)
+
     def compare(self, scores: dict[str, BySpace], to, key: str, section: str, tables=(), labels=None, above=None,
                 caption: str = "", reference: str = "") -> Markdown:  # fmt: skip
         """Record each arm's scores, where a table shows them, and their paired changes; show the tables.
@@ -239,10 +267,13 @@ class Ledger(Recorder):
             r"\{([^}]+)\}", lambda match, slot=slot: self.text(match[1].replace("*", slot or "*")), sentence)
             for slot, space in spaces.items()]  # fmt: skip
 
-    def words(self, *keys: str, scores=("kid",)) -> set[str]:
-        """The different words for recorded changes, in all feature spaces."""
-        return {self.text(f"{key}.{slot}.{score}_direction")
-                for key in keys for slot in self.spaces for score in scores}  # fmt: skip
+    def agreement(self, key: str, only=("kid",)) -> str:
+        """Whether all feature spaces, and all these scores, say the same of a recorded change, as a sentence."""
+        words = {self.text(f"{key}.{slot}.{score}_direction") for slot in self.spaces for score in only}
+        arm, baseline = self.compared[key]
+        what = f"{' and '.join(score.upper() for score in only)} of {arm} against {baseline}"
+        return (f"{what}: all feature spaces agree, **{words.pop()}**." if len(words) == 1 else
+                f"{what}: feature spaces or scores **do not agree**; the effect depends on what is looked at.")
 
     # --- claims
 

@@ -305,6 +305,16 @@ def causes(results: Results, slot: str, latex: bool = False) -> dict[str, str]:
             "carries": told(most, found(rungs[most])) if lowers else "none"}  # fmt: skip
 
 
+def why(results: Results, spaces: dict[str, str]) -> list[str]:
+    """Why the study's ensemble failed, a paragraph for each feature space, slot -> its name; [] without a ladder."""
+    return [f"By KID x 1000 in {space}, the study's ensemble as it ran changes unguided sampling by "
+            f"{results.text(f'ladder.as_run.{slot}.kid_change')}, the correct ensemble by "
+            f"{results.text(f'ladder.correct.{slot}.kid_change')}. Added alone to that one, the faults change it by: "
+            f"{found['alone']}. Sufficient by themselves to make guidance worse than none: {found['sufficient']}. In "
+            f"the company of the others, the one whose mending lowers KID most: {found['carries']}."
+            for slot, space in spaces.items() if (found := causes(results, slot))]  # fmt: skip
+
+
 # --- printing
 
 
