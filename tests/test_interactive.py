@@ -25,7 +25,8 @@ def test_the_first_figure_is_that_of_the_defaults_and_stands_without_widgets(exp
     made, drawn = explorer
     assert drawn == [(1.0, (0.0, 1.0), "mean", 0.5, 3)]
     shown = made._repr_mimebundle_()
-    assert base64.b64decode(shown["image/png"]) == made.picture.value and made.picture.value.startswith(b"\x89PNG")
+    assert base64.b64decode(shown["image/png"]) == bytes(made.picture.value)
+    assert bytes(made.picture.value).startswith(b"\x89PNG")
     assert "application/vnd.jupyter.widget-view+json" in shown
 
 
