@@ -14,7 +14,10 @@ def explorer():
 
     def draw(weight=1.0, window=(0.0, 1.0), rule="mean", sigma=0.5, seed=3):
         drawn.append((weight, window, rule, sigma, seed))
-        return plots.curves([1, 2], {rule: [weight, window[1] * seed * sigma]}, "x", "y")
+        figure, ax = plots.panels()
+        ax.plot([weight, window[1] * seed * sigma])
+        ax.set_title(rule)
+        return figure
 
     made = Explorer(draw, weight=(0.0, 4.0, 0.5), window=(0.0, 1.0, 0.01), rule=["mean", "median"],
                     sigma=[0.1, 0.5, 2.0], seed=(0, 9, 1))  # fmt: skip

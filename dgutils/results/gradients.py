@@ -95,7 +95,7 @@ def member_gradients(store: Store, trained: Trained, sigmas, num_images: int) ->
         np.save(folder / "logits.npy", found.logits)
         np.save(folder / "gram.npy", found.gram)
 
-    path = artifact.compute(make).path
+    path = artifact.ensure(make).path
     logits, gram = (np.load(path / f"{name}.npy", allow_pickle=False) for name in ("logits", "gram"))
     return MemberGradients(np.asarray(sigmas, np.float64), logits, gram)
 
