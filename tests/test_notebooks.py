@@ -82,12 +82,7 @@ def code_cells(path, tag: str | None = None) -> list:
     return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
 
 
-# Of these the arms and the books are still being rewritten.
-REWRITTEN = pytest.mark.xfail(strict=False, reason="cells longer than 15 lines")
-
-
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=[REWRITTEN] * (path.name[:2] in "04 05 06"))
-                                  for path in SOURCES])
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
 def test_code_cells_have_at_most_15_lines(path):
     """Parameters and the setup cell after them excepted, which list what the notebook needs."""
     long = {cell.id: n for cell in code_cells(path)[2:] if (n := len(cell.source.splitlines())) > 15}
