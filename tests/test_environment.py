@@ -167,7 +167,8 @@ def test_rooms_import_one_way_lazy_imports_included():
 
 
 def test_no_modules_import_each_other_in_a_circle_lazy_imports_included():
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "dgutils").rglob("*.py")}
+    paths = (ROOT / "dgutils").rglob("*.py")
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     graph = {name: {target for target in imported(path) if target in modules} for name, path in modules.items()}
     assert sum(map(len, graph.values())) > 50  # that it sees them
     TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
