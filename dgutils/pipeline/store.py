@@ -148,7 +148,7 @@ def lock(path: Path, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
     holder, and that others on the same machine remove once the holder is dead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path)
+    held = FileLock(path, fallback_to_soft=False)
     try:
         free = _try(held)
     except OSError as error:
