@@ -73,7 +73,8 @@ def key_test(sources: list[str]):
 
 
 def test_every_key_of_the_text_is_recorded_or_published():
-    modules = [(ROOT / f"dgutils/{module}.py").read_text() for module in ("results/analysis", "pipeline/experiment")]
+    modules = [(ROOT / f"dgutils/{module}.py").read_text()
+               for module in ("results/analysis", "pipeline/experiment", "pipeline/parameters")]
     recorded = key_test([*CODE, *modules])
     for key in ("arm.paper.first.kid_chnage", "arm.papre.first.kid_change", "toy.exact"):
         assert not recorded(key), key  # so that the test can fail
