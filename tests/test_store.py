@@ -20,7 +20,6 @@ from dgutils.errors import UserError
 from dgutils.pipeline.store import (
     Store,
     canonical_json,
-    digest_of_array,
     digest_of_file,
     lock,
     save_array,
@@ -126,11 +125,7 @@ def test_step_name_is_checked(store, step):
         store.artifact(step, 1, {})
 
 
-def test_digest_of_array_and_file(tmp_path):
-    a = np.arange(6, dtype=np.float32)
-    assert len({digest_of_array(b) for b in (a, a.reshape(2, 3), a.view(np.int32), a + 1)}) == 4
-    transposed = a.reshape(2, 3).T
-    assert digest_of_array(transposed) == digest_of_array(np.ascontiguousarray(transposed))
+def test_digest_of_file(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert digest_of_file(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")  # FIPS 180-2
 

@@ -85,11 +85,6 @@ def digest_of_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of_array(array: np.ndarray) -> str:
-    """SHA-256 (hex) of an array's dtype, shape and C-ordered elements."""
-    return hashlib.sha256(f"{array.dtype.str}{array.shape}".encode() + array.tobytes()).hexdigest()
-
-
 # --- writing
 
 
