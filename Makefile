@@ -48,7 +48,7 @@ fetch: .venv/.complete  ## download the weights of PROFILE=paper (default): the 
 
 # In a folder of weights of its own, so that no real run ever sees the stand-ins.
 rehearse: .venv/.complete  ## the paper profile at its full architectures, random weights, a handful of images: does it run?
-	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) -m dgutils stand-ins --profile rehearsal
+	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) tests/standins.py rehearsal
 	@DGUTILS_WEIGHTS=runs/rehearsal/weights $(PY) -m dgutils reproduce --profile rehearsal $(SETS)
 	@sh dgutils/setup.sh tex
 	@$(RUN) -m report.build --profile rehearsal
@@ -71,7 +71,7 @@ html: .venv/.complete  ## executed notebooks and figures as a site to open from 
 	@$(RUN) -m report.site $(profile_if_given)
 
 trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
-	@$(PY) -m dgutils trace $(profile_if_given) -- $(call q,$(value KEY))
+	@$(RUN) -m report.trace $(profile_if_given) -- $(call q,$(value KEY))
 
 lab: .venv/.complete  ## open the notebooks in JupyterLab; ARGS="--no-browser" goes to it
 	@sh dgutils/setup.sh data
@@ -89,5 +89,5 @@ lint: .venv/.complete  ## ruff
 	@$(PY) -m ruff check .
 
 clean:  ## remove .venv and caches; keeps runs/, results and figures
-	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf .venv .account .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find dgutils tests -name __pycache__ -type d -exec rm -rf {} +

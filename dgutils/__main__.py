@@ -7,7 +7,7 @@ from dgutils.paths import settle
 
 
 def main(arguments=None) -> int:
-    """Run a command of `cli.main`; before the packages are installed, only the doctor, which says what is missing."""
+    """Run a command of `cli.main`; before the packages are installed, the doctor alone, which says which lack."""
     try:
         from dgutils.cli.main import main
     except ModuleNotFoundError as error:

@@ -1,12 +1,15 @@
 """Images as one uint8 array in one canonical order, whatever the source they came from.
 
 Fashion-MNIST: `DGUTILS_DATA`/fashion-mnist, Debian's package dataset-fashion-mnist, or torchvision's download.
-CIFAR-10: `DGUTILS_DATA`/cifar10/{train,test}.npz, or torchvision's download. Verified by checksum.
+CIFAR-10: `DGUTILS_DATA`/cifar10/{train,test}.npz, the official cifar-10-batches-py or its tar in `DGUTILS_DATA` or its
+cifar10, or torchvision's download. Verified by checksum.
 """
 
 import functools
 import gzip
 import hashlib
+import pickletools
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +25,6 @@ CHECKSUMS = {
     ("cifar10", "train"): "d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85",
     ("cifar10", "test"): "899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c",
 }
-CLASS_NAMES = {
-    "fashion_mnist": (
-        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-    ),
-    "cifar10": (
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    ),
-}  # fmt: skip
 TEST_IMAGES = 10000  # of either dataset
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
@@ -62,11 +57,50 @@ def _fashion_mnist(split: str):
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], labels  # 28x28 in a black 32x32 frame
 
 
+def _official_batch(data: bytes):
+    """Images and labels of one of CIFAR-10's official pickles. Nothing of it is run: its opcodes are looked through.
+
+    They hold the text "labels" with a list of small integers after it, and 3072 bytes an image, colour by colour.
+    """
+    images, labels, after = [], [], None
+    for opcode, value, _ in pickletools.genops(data):
+        if opcode.name in ("BINSTRING", "BINBYTES", "BINBYTES8") and len(value) % 3072 == 0:
+            images.append(value if isinstance(value, bytes) else value.encode("latin-1"))
+        elif isinstance(value, str | bytes):
+            after = value
+        elif opcode.name == "BININT1" and after in ("labels", b"labels"):
+            labels.append(value)
+    pixels = np.frombuffer(b"".join(images), np.uint8).reshape(-1, 3, 32, 32)
+    return pixels.transpose(0, 2, 3, 1), np.array(labels)
+
+
+def _official_cifar10(folder: Path, split: str):
+    """From cifar-10-batches-py or its tar in a folder, which nothing is unpacked from; None if neither is there."""
+    names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
+    unpacked, packed = folder / "cifar-10-batches-py", folder / "cifar-10-python.tar.gz"
+    if unpacked.is_dir():
+        batches = [(unpacked / name).read_bytes() for name in names]
+    elif packed.is_file():
+        with tarfile.open(packed) as archive:
+            batches = [archive.extractfile(f"{unpacked.name}/{name}").read() for name in names]
+    else:
+        return None
+    images, labels = zip(*map(_official_batch, batches), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
 def _cifar10(split: str):
-    path = data_dir() and data_dir() / "cifar10" / f"{split}.npz"
+    root = data_dir()
+    path = root and root / "cifar10" / f"{split}.npz"
     if path and path.is_file():
         with np.load(path, allow_pickle=False) as data:
+            if not {"images", "labels"} <= set(data.files):
+                raise UserError(f"{path} holds {', '.join(data.files) or 'nothing'}; wanted are the arrays images "
+                                "(uint8 [N, 32, 32, 3]) and labels (integers [N]), as numpy.savez names them")
             return data["images"], data["labels"]
+    for folder in (root / "cifar10", root) if root else ():
+        if found := _official_cifar10(folder, split):
+            return found
     return _from_torchvision("CIFAR10", split)
 
 
@@ -74,7 +108,8 @@ _READERS = {"fashion_mnist": _fashion_mnist, "cifar10": _cifar10}
 _REMEDIES = {
     "fashion_mnist": "install the Debian package dataset-fashion-mnist, or put the four IDX .gz files into "
     "$DGUTILS_DATA/fashion-mnist",
-    "cifar10": "set DGUTILS_DATA to a folder with cifar10/train.npz and cifar10/test.npz, or go online once",
+    "cifar10": "set DGUTILS_DATA to a folder with cifar-10-batches-py, cifar-10-python.tar.gz, or cifar10/train.npz "
+    "and cifar10/test.npz (arrays images and labels), or go online once",
 }
 
 

@@ -97,17 +97,6 @@ class Ensemble(nn.Module):
         return RULES[self.rule](self.logits(x_vp, vp_time, class_labels))
 
 
-class Discriminator(Ensemble):
-    """A single discriminator: the ensemble of one."""
-
-    def __init__(self, extractor, head):
-        super().__init__(extractor, [head], "mean_logit")
-
-    def logit(self, x_vp, vp_time):
-        """Logit [N], which is the log-density-ratio; arguments as in `Ensemble.logits`."""
-        return self.log_density_ratio(x_vp, vp_time)
-
-
 # --- What members are trained on -------------------------------------------------------------------------
 
 
@@ -120,17 +109,6 @@ class MemberConfig:
     weight_decay: float
     epochs: int
     min_time: float = 1e-5
-
-
-# The six discriminators of the study's table 1.
-TABLE_1 = (
-    MemberConfig("Paper", learning_rate=3e-4, weight_decay=1e-7, epochs=60, min_time=1e-5),
-    MemberConfig("D1", learning_rate=1e-3, weight_decay=1e-7, epochs=40, min_time=1e-5),
-    MemberConfig("D2", learning_rate=1e-4, weight_decay=0.0, epochs=40, min_time=1e-2),
-    MemberConfig("D3", learning_rate=1e-4, weight_decay=1e-3, epochs=40, min_time=1e-3),
-    MemberConfig("D4", learning_rate=5e-5, weight_decay=1e-9, epochs=40, min_time=1e-3),
-    MemberConfig("D5", learning_rate=1e-5, weight_decay=1e-11, epochs=200, min_time=1e-5),
-)
 
 
 def perturb(images, vp_time, rng):

@@ -164,25 +164,28 @@ def environment() -> dict[str, str]:
     These are the configuration of matplotlib, IPython, nbconvert's templates and TeX. Texts are UTF-8
     whatever the locale.
     """
-    ours = repo_root() / "runs" / ".account"
+    ours = repo_root() / ".account"  # directly below a folder that exists: else IPython takes a temporary one
     return {
         **inherited(),
-        "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours / "ipython"),
+        "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours),
         "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1",
         **{name: str(ours / "texmf") for name in ("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG")},
     }  # fmt: skip
 
 
-def settle() -> None:
-    """Start this program again in `environment`, unless it is there: Python reads its variables when it starts."""
-    if (wanted := environment()) != dict(os.environ):
-        os.umask(os.umask(0) & 0o077)  # what we write, we can read
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+def settle(*arguments: str) -> None:
+    """Start this program again in `environment`, unless it is there, or Python with the arguments that are given.
+
+    Python reads its variables when it starts. What is written from then on its owner can read, whatever the umask.
+    """
+    if arguments or environment() != dict(os.environ):
+        os.umask(os.umask(0) & 0o077)
+        os.execve(sys.executable, [sys.executable, *(arguments or sys.orig_argv[1:])], environment())
 
 
-if __name__ == "__main__":  # python -m dgutils.paths ARGUMENTS: python ARGUMENTS, in `environment`
+if __name__ == "__main__":  # python -m dgutils.paths ARGUMENTS: python ARGUMENTS, settled
     try:
-        os.execve(sys.executable, [sys.executable, *sys.argv[1:]], environment())
+        settle(*sys.argv[1:])
     except UserError as error:
         print(f"dgutils: {error}", file=sys.stderr)
         sys.exit(2)

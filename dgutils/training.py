@@ -6,10 +6,11 @@ come in as arguments; without them one process trains, and tells nobody.
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -34,7 +35,7 @@ class TrainingSettings:
     precision: "float32" or "bfloat16". clock: a name of CLOCKS, how extractor and heads read the VP time.
     sequential: the study's fault, one network carried through all members' settings in turn (a fresh optimiser each).
     resampling: a name of RESAMPLINGS, which images a member sees. kept: (member, epoch) pairs whose weights are kept.
-    parts: a batch is divided into so many, which ranks share; results depend on it, not on the number of ranks.
+    parts: a batch is divided into so many, which ranks share; on CPUs results depend on it, not on the number of ranks.
     """
 
     members: tuple[MemberConfig, ...]
@@ -73,6 +74,8 @@ class Callbacks:
 class OneProcess:
     """What a training asks of the ranks that share it, answered for one process."""
 
+    world = 1  # how many there are
+
     def slice(self, n: int) -> slice:
         """This rank's part of n things; the ranks' parts follow each other."""
         return slice(n)
@@ -84,20 +87,6 @@ class OneProcess:
 QUIET, ONE_PROCESS = Callbacks(), OneProcess()
 
 
-@dataclass(frozen=True)
-class TrainedMember:
-    """A trained head: its last weights, those of lowest validation loss, and one row an epoch of losses.
-
-    kept: "epoch<number>" -> the weights after that epoch, for those that were asked for.
-    """
-
-    config: MemberConfig
-    last_state: dict[str, torch.Tensor]
-    best_state: dict[str, torch.Tensor]
-    kept: dict[str, dict[str, torch.Tensor]]
-    history: list[dict]
-
-
 def _check(splits: list[Split], settings: TrainingSettings) -> None:
     for images, labels in ((split.images, split.labels) for split in splits):
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
@@ -106,12 +95,12 @@ def _check(splits: list[Split], settings: TrainingSettings) -> None:
             raise UserError(f"{len(images)} images, {len(labels)} labels, {int(np.sum(labels))} real: "
                             "give as many real as generated, or logits are not log-density-ratios")
     n, members, batch_size = len(splits[0].images), settings.members, settings.batch_size
+    if not members:
+        raise UserError("no member to train: give at least one")
     if not 1 <= batch_size <= n:
         raise UserError(f"batch_size {batch_size}: use at most the {n} training images")
     if not 1 <= settings.parts <= batch_size:
         raise UserError(f"{settings.parts} parts of a batch: at least 1, at most batch_size, {batch_size}")
-    if not members:
-        raise UserError("no member to train: give at least one")
     for member in members:
         if member.epochs < 1 or not 0 < member.min_time < 1:
             raise UserError(f"discriminator {member.name}: epochs must be >= 1 and 0 < min_time < 1")
@@ -130,18 +119,21 @@ def _check(splits: list[Split], settings: TrainingSettings) -> None:
 
 
 class Trainee:
-    """A member in training. Its tensors and history are all the state there is.
+    """A member in training, and after it. Its tensors and history are all the state there is.
 
-    times: int64 [N], how often it sees each training image in an epoch; kept: epochs whose weights it keeps.
+    times: int64 [N], how often it sees each training image in an epoch; keep: epochs whose weights it keeps.
+    last_state, best_state, kept["epoch<number>"]: its weights now, at the lowest validation loss, and after those
+    epochs; history: one row an epoch of losses and accuracies.
     """
 
-    def __init__(self, config, head, times, kept):
+    def __init__(self, config, head, times, keep):
         self.config, self.head, self.times, self.history, self.best_state = config, head, times, [], {}
-        self.kept = {f"epoch{epoch}": {} for epoch in kept}
+        self.kept = {f"epoch{epoch}": {} for epoch in keep}
         self.optimizer = torch.optim.Adam(
             head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
-    def state(self):
+    @property
+    def last_state(self):
         """A copy of the head's weights on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
 
@@ -149,32 +141,31 @@ class Trainee:
         """Everything as one flat dict: head.*, best.*, adam.<parameter>.* and epoch<number>.*, copies on the CPU."""
         adam = {f"{i}.{name}": value.detach().cpu().clone()
                 for i, slots in self.optimizer.state_dict()["state"].items() for name, value in slots.items()}
-        groups = {"head": self.state(), "best": self.best_state, "adam": adam, **self.kept}
+        groups = {"head": self.last_state, "best": self.best_state, "adam": adam, **self.kept}
         return {f"{group}.{name}": v for group, values in groups.items() for name, v in values.items()}
 
     def load(self, tensors, history):
         """Become what `tensors` returned, with that history."""
-        groups = {"head": {}, "best": {}, "adam": {}, **{which: {} for which in self.kept}}
+        groups, slots = defaultdict(dict), defaultdict(dict)
         for key, value in tensors.items():
             group, name = key.split(".", 1)
             groups[group][name] = value.clone()
-        self.head.load_state_dict(groups["head"])
-        self.best_state, self.history = groups["best"], history
-        self.kept = {which: groups[which] for which in self.kept}
-        slots = {}
         for key, value in groups["adam"].items():
             index, name = key.split(".")
-            slots.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+            slots[int(index)][name] = value
+        self.head.load_state_dict(groups["head"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(slots)})
+        self.best_state, self.history = groups["best"], history
+        self.kept = {which: groups[which] for which in self.kept}
 
     def record(self, epoch: int, train, validation) -> None:
         """Add a row to the history, of (loss, accuracy) pairs; keep weights that are the best yet, or asked for."""
         row = {"epoch": epoch, "train_loss": train[0], "train_accuracy": train[1],
                "val_loss": validation[0], "val_accuracy": validation[1]}  # fmt: skip
         if row["val_loss"] < min((r["val_loss"] for r in self.history), default=math.inf):
-            self.best_state = self.state()
+            self.best_state = self.last_state
         if f"epoch{epoch}" in self.kept:
-            self.kept[f"epoch{epoch}"] = self.state()
+            self.kept[f"epoch{epoch}"] = self.last_state
         self.history.append(row)
 
     def step(self, batch: "Batch") -> None:
@@ -203,10 +194,6 @@ class Batch:
         """How often the member sees each image: int64 [B]. Never at times below its own least."""
         seen = (self.vp_time >= trainee.config.min_time).long()
         return seen if self.rows is None else seen * torch.from_numpy(trainee.times[self.rows])
-
-    def part(self, number: int, parts: int) -> torch.Tensor:
-        """The places of the images of one part of the batch; empty if there are fewer images than parts."""
-        return torch.arange(len(self.label)).tensor_split(parts)[number]
 
 
 def noised_batches(split: Split, order, trainees, rng, settings: TrainingSettings, device):
@@ -261,8 +248,8 @@ def part_losses(extractor, settings: TrainingSettings, each, trainees, batch: Ba
 
     Adds loss, hits and count of every member to totals [parts, M, 3], and, for training, to its gradients.
     """
-    part, device = batch.part(number, settings.parts), batch.label.device
-    if len(part) == 0:
+    part, device = torch.arange(len(batch.label)).tensor_split(settings.parts)[number], batch.label.device
+    if len(part) == 0:  # there are fewer images than parts
         return
     with torch.no_grad(), autocast(device, settings.precision):
         features = extractor.features(batch.x_vp[part].to(device), batch.time[part])
@@ -275,10 +262,9 @@ def sum_gradients(parameters, parts: int, backward: Callable[[int], None], ranks
     Each part is one rank's, and they are added in their order, so that the same bits come out however many ranks
     there are. The optimiser's step after it is every rank's own.
     """
-    mine = range(parts)[ranks.slice(parts)]
     parameters = list(parameters)
     table = parameters[0].new_zeros(parts, sum(parameter.numel() for parameter in parameters))
-    for part in mine:
+    for part in range(parts)[ranks.slice(parts)]:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         backward(part)
@@ -307,15 +293,23 @@ def _side_by_side(device):
     On a CPU each call has one thread, and as many run at once as there are threads: heads are too small for more,
     and their gradients' last bits would depend on the number.
     """
+    threads = torch.get_num_threads()
     if device.type != "cpu":
         yield lambda function, *sequences: list(map(function, *sequences))
         return
-    threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield lambda function, *sequences: list(pool.map(function, *sequences))
     finally:
         torch.set_num_threads(threads)  # of threads to come: the setting above is theirs, too
+
+
+def _for_device(settings: TrainingSettings, device, ranks) -> TrainingSettings:
+    """On a GPU as many parts as ranks: it waits for launches, and those of a part take as long as those of a batch.
+
+    Sums are then rounded otherwise for other numbers of ranks, as they are on other GPUs.
+    """
+    return settings if device.type == "cpu" else replace(settings, parts=min(settings.parts, ranks.world))
 
 
 # ---- the loop ----------------------------------------------------------------------------
@@ -347,15 +341,17 @@ def _restore(trainees, snapshot) -> int:
 
 
 def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn: Split, validate: Split,
-                         settings: TrainingSettings, callbacks: Callbacks = QUIET, ranks=ONE_PROCESS,
-                         ) -> list[TrainedMember]:  # fmt: skip
+                         settings: TrainingSettings, callbacks: Callbacks = QUIET,
+                         ranks=ONE_PROCESS) -> list[Trainee]:  # fmt: skip
     """Train independent heads on a frozen extractor's features of noised images, real against generated.
 
     make_head(m): a fresh head of member m. ranks: what `OneProcess` is for one; all ranks call this alike.
     Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, unusable settings.
     """
     _check([learn, validate], settings)
-    device, parts = next(extractor.parameters()).device, settings.parts
+    device = next(extractor.parameters()).device
+    settings = _for_device(settings, device, ranks)
+    parts = settings.parts
     extractor.eval().requires_grad_(False)
     times = RESAMPLINGS[settings.resampling](np.asarray(learn.labels), len(settings.members), settings.seed)
     trainees = [Trainee(config, make_head(m).to(device), times[m], [epoch for k, epoch in settings.kept if k == m])
@@ -390,4 +386,4 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
                     callbacks.progress(trainee.config.name, trainee.history[-1])
             if callbacks.checkpoint:
                 callbacks.checkpoint(*_snapshot(trainees, number + 1))
-    return [TrainedMember(t.config, t.state(), t.best_state, t.kept, t.history) for t in trainees]
+    return trainees

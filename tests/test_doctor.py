@@ -48,7 +48,8 @@ def test_packages_against_the_list(tmp_path, monkeypatch):
 
 def test_every_line_of_the_list_is_read():
     text = (ROOT / "requirements.txt").read_text()
-    assert len(doctor.pins(text)) == len(re.findall("^[a-z]", text, re.MULTILINE)) > 100
+    everywhere = re.sub(" ; .*(?= .$)", "", text, flags=re.MULTILINE)  # without markers
+    assert len(doctor.pins(everywhere)) == len(re.findall("^[a-z]", text, re.MULTILINE)) > 100
 
 
 def test_full_disk(monkeypatch):
@@ -59,16 +60,16 @@ def test_full_disk(monkeypatch):
     assert re.search("about 4[01] GB needed", absent(doctor.check_disk, values, True)[0])
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOLCK])
-def test_folder_that_cannot_be_written_or_locked(monkeypatch, number):
-    assert "written and locked" in doctor.check_folder("quick")
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_folder_that_cannot_be_written(monkeypatch, number):
+    assert "can be written" in doctor.check_folder("quick")
 
-    def refuse(*arguments):
+    def refuse(**arguments):
         raise OSError(number, "")
 
-    monkeypatch.setattr(doctor.fcntl, "flock", refuse)
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     what, advice = absent(doctor.check_folder, "quick")
-    assert os.strerror(number).lower() in what and "write and lock files" in advice
+    assert os.strerror(number).lower() in what and "where you can write" in advice
 
 
 def test_little_memory(monkeypatch):
@@ -87,7 +88,6 @@ def test_absent_data_is_not_downloaded(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     what, advice = absent(doctor.check_data, "cifar10")
     assert what == f"cifar10, looked for in {tmp_path}/dgutils/data/cifar-10-batches-py" and "170 MB" in advice
-    assert "choose one of" in absent(doctor.check_data, "imagenet")[1]
 
 
 def test_altered_data(monkeypatch, tmp_path):
@@ -95,7 +95,8 @@ def test_altered_data(monkeypatch, tmp_path):
     monkeypatch.setenv("DGUTILS_DATA", str(tmp_path))
     datasets.load_dataset.cache_clear()
     try:
-        assert "cannot read fashion_mnist" in absent(doctor.check_data, "fashion_mnist")[0]
+        with pytest.raises(UserError, match="cannot read fashion_mnist"):
+            doctor.check_data("fashion_mnist")
     finally:
         datasets.load_dataset.cache_clear()
         monkeypatch.undo()
@@ -104,14 +105,17 @@ def test_altered_data(monkeypatch, tmp_path):
 
 def test_shipped_weights(monkeypatch, tmp_path):
     assert doctor.check_shipped(QUICK) == "fashion-mnist-edm, fashion-mnist-adm: here, checksums right"
-    assert "unknown network edm-cifar" in absent(doctor.check_shipped, QUICK | {"score_network": "edm-cifar"})[0]
-    monkeypatch.setattr(doctor, "HERE", tmp_path)
+    with pytest.raises(UserError, match="no network 'edm-cifar'"):
+        doctor.check_shipped(QUICK | {"score_network": "edm-cifar"})
     shutil.copytree(checkpoints.ASSETS, tmp_path / "assets")
-    weights = tmp_path / "assets" / "fashion-mnist-edm.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert absent(doctor.check_shipped, QUICK)[1] == "git checkout -- dgutils/assets/fashion-mnist-edm.safetensors"
-    weights.unlink()
-    assert "train-score fashion-mnist-edm" in absent(doctor.check_shipped, QUICK)[1]
+    monkeypatch.setattr(checkpoints, "ASSETS", tmp_path / "assets")
+    for path in (tmp_path / "assets").glob("fashion-mnist-edm.*"):
+        path.rename(path.with_stem("another"))  # one that this process has not loaded yet
+    weights = tmp_path / "assets" / "another.safetensors"
+    for damage in (lambda: weights.write_bytes(weights.read_bytes()[:-1]), weights.unlink):
+        damage()
+        with pytest.raises(UserError, match="is absent or does not match its model card"):
+            doctor.check_shipped(QUICK | {"score_network": "another"})
 
 
 def test_published_weights(monkeypatch, tmp_path):
@@ -138,7 +142,8 @@ def test_list_has_a_line_for_each_thing_and_its_status_says_whether_all_is_there
 
 
 def test_it_starts_on_a_python_without_packages():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dgutils import doctor\nsys.exit(doctor.run('quick'))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" \
+           "from dgutils.cli import doctor\nsys.exit(doctor.run('quick'))"  # fmt: skip
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == ""
     assert "MISSING  packages" in result.stdout and "absent instead of" in result.stdout

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,29 @@ def test_pyproject_names_what_is_pinned():
     assert project["project"]["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
+def test_the_container_has_what_setup_would_install():
+    text = re.sub(r"\\\n", " ", (ROOT / "Dockerfile").read_text())
+    given = set(re.search(r"--no-install-recommends (.*?) &&", text)[1].split())
+    setup = (ROOT / "dgutils/setup.sh").read_text()
+    lines = re.findall(r"apt_install ([^|&]*)|packages='([^']*)'", setup)
+    wanted = {name for line in lines for name in " ".join(line).split()}
+    assert wanted - {"$packages"} <= given and {"git", "make"} <= given
+    for source in re.findall(r"^COPY (.*) \S+$", text, re.M):
+        assert all((ROOT / name).exists() for name in source.split())
+
+
+def test_citation_agrees_with_the_package():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for key in ("version", "license", "keywords"):
+        assert cited[key] == project[key]
+    assert cited["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= cited.keys()
+    assert f"## {project['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_no_package_index_is_named():
     for name in ("requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "dgutils/setup.sh"):
-        assert not re.search(r"https?://|index-url|find-links", (ROOT / name).read_text()), name
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links", (ROOT / name).read_text()), name
 
 
 @pytest.fixture
@@ -143,6 +164,14 @@ def test_rooms_import_one_way_lazy_imports_included():
         wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imported(path)
                   if ROOMS.index(room_of(name)) > ROOMS.index(room)]
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_no_modules_import_each_other_in_a_circle_lazy_imports_included():
+    paths = (ROOT / "dgutils").rglob("*.py")
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    graph = {name: {target for target in imported(path) if target in modules} for name, path in modules.items()}
+    assert sum(map(len, graph.values())) > 50  # that it sees them
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
 
 
 def test_lab_opens_for_root_too():

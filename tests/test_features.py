@@ -35,6 +35,13 @@ def test_folded_batch_norms_keep_the_published_features():
     assert abs(features.image_features(images, "efficientnet-lite0@64") - want).max() < 1e-3
 
 
+@pytest.mark.parametrize("form", [list, torch.from_numpy])
+def test_images_of_other_forms_have_the_same_features(form):
+    images = np.random.default_rng(29).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
+    got = features.image_features(form(images), "efficientnet-lite0@32")
+    assert (got == features.image_features(images, "efficientnet-lite0@32")).all()
+
+
 def test_names_say_the_space():
     assert features.metric_name("inception") == "FID"
     assert features.metric_name("efficientnet-lite0@128") == "FD (EfficientNet-Lite0, 128 px)"
@@ -102,6 +109,9 @@ def test_inception_features_are_those_of_cleanfid(weights_folder, channels):
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: features.image_features(np.zeros((1, 4, 4, 2), np.uint8)), "1 or 3 channels"),
+    (lambda: features.image_features(np.zeros((2, 32, 32), np.uint8)), "1 or 3 channels"),
+    (lambda: features.image_features([], "inception"), "1 or 3 channels"),
+    (lambda: features.image_features(np.zeros((1, 32, 32, 1), np.uint8), batch_size=0), "batch_size 0"),
     (lambda: features.metric_name("efficientnet-lite0"), "efficientnet-lite0@128"),
 ])
 def test_errors_are_one_clear_line(call, message):

@@ -21,15 +21,16 @@ from dgutils.networks.edm import Denoiser
 from dgutils.pipeline import jobs
 from dgutils.pipeline import store as store_module
 from dgutils.pipeline.store import Store
+from dgutils.results import provenance
 from dgutils.results import records as results
-from dgutils.results import trace
 
 SCORE = dict(img_resolution=32, img_channels=1, patch_size=4, model_channels=8, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=())  # fmt: skip
 EXTRACTOR = dict(image_size=32, in_channels=1, model_channels=16, out_channels=3, num_res_blocks=1,
-                 attention_resolutions=(), channel_mult=(1, 1), num_head_channels=16, patch_size=4)  # fmt: skip
+                 attention_resolutions=(), channel_mult=(1, 1), num_head_channels=16, patch_size=4,
+                 num_group_channels=4)  # fmt: skip
 HEAD = dict(image_size=4, in_channels=16, model_channels=16, out_channels=1, num_res_blocks=1,
-            attention_resolutions=[1], channel_mult=[1], num_head_channels=16)  # fmt: skip
+            attention_resolutions=[1], channel_mult=[1], num_head_channels=16, num_group_channels=4)  # fmt: skip
 MEMBERS = (MemberConfig("a", 1e-2, 0.0, 2), MemberConfig("b", 1e-3, 1e-7, 1, 0.01))
 
 
@@ -202,7 +203,7 @@ def test_scores_that_are_kept_need_no_images(kept, capsys):
     assert (again.fd.value, again.kid.value, again.manifold) == (kept[1].fd.value, kept[1].kid.value, kept[1].manifold)
     assert np.array_equal(again.kid.draws, kept[1].kid.draws)
     assert not store.root.exists() and "kept in" in capsys.readouterr().err
-    made = trace.lineage("smoke", [again.digest])  # down to the networks
+    made = provenance.lineage("smoke", [again.digest])  # down to the networks
     assert {entry.get("step") for entry in made.values()} == {"evaluate", "generate", "train", None}
     assert {"tiny"} <= {entry["label"] for entry in made.values()}
     other = jobs.evaluate(store, guided_arm(store), real, "tiny", 21)  # another score is not kept: all is made

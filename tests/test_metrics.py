@@ -23,6 +23,11 @@ def stats_of(mean, cov, n=1001):
     return stats
 
 
+def paired(statistic, a, b, n_resamples, seed, other_resamples=None):
+    one = metrics.resample(statistic, a, n_resamples, seed)
+    return one.minus(metrics.resample(statistic, b, other_resamples or n_resamples, seed))
+
+
 # ---- Fréchet distance
 
 def test_frechet_diagonal_closed_form():
@@ -58,16 +63,11 @@ def test_frechet_to_itself_is_zero(n):
     assert abs(metrics.frechet_distance(x, x)) < 1e-6 * np.trace(np.cov(x, rowvar=False))
 
 
-def test_streaming_stats_match_one_shot():
+def test_stats_far_from_zero_lose_no_digits():
     x = gaussian(5, 500, 8, shift=1e6)  # a naive sum of squares loses 12 digits here
-    streamed, parts = metrics.FeatureStats(), metrics.FeatureStats(x[:3]) + metrics.FeatureStats(x[3:])
-    for batch in np.array_split(x, 7):
-        assert streamed.update(batch) is streamed
-    want = np.cov(x, rowvar=False)
-    for stats in (streamed, parts):
-        assert stats.n == 500
-        assert abs(stats.mean - x.mean(0)).max() < 1e-10 * 1e6
-        assert abs(stats.cov - want).max() < 1e-10 * abs(want).max()
+    stats, want = metrics.FeatureStats(x), np.cov(x, rowvar=False)
+    assert stats.n == 500 and abs(stats.mean - x.mean(0)).max() < 1e-10 * 1e6
+    assert abs(stats.cov - want).max() < 1e-10 * abs(want).max()
 
 
 def test_processes_pool_their_statistics():
@@ -236,13 +236,13 @@ def test_benchmark_scores_agree_with_the_published_tools():
 def test_identical_arms_differ_by_exactly_zero():
     x, reference = gaussian(14, 40, 6), metrics.FrechetReference(gaussian(15, 40, 6))
     for statistic in (reference, np.mean):
-        got = metrics.paired_bootstrap(statistic, x, x.copy(), 20, seed=0)
+        got = paired(statistic, x, x.copy(), 20, seed=0)
         assert (got.value, got.low, got.high) == (0, 0, 0)
 
 
 def test_arms_are_resampled_together():
     x = gaussian(16, 50, 3)
-    got = metrics.paired_bootstrap(np.mean, x + 2.0, x, 50, seed=1)  # unpaired, the interval has some width
+    got = paired(np.mean, x + 2.0, x, 50, seed=1)  # unpaired, the interval has some width
     assert abs(got.low - 2) < 1e-12 and abs(got.high - 2) < 1e-12
 
 
@@ -257,11 +257,11 @@ def test_bootstrap_interval_covers_the_mean():
 def test_paired_interval_contains_value_and_follows_seed():
     a, b = gaussian(18, 60, 5), gaussian(19, 60, 5, 1.2)
     reference = metrics.FrechetReference(gaussian(20, 200, 5))
-    one, same, other = (metrics.paired_bootstrap(reference, a, b, 50, seed=s) for s in (1, 1, 2))
+    one, same, other = (paired(reference, a, b, 50, seed=s) for s in (1, 1, 2))
     assert one == same != other
     assert one.low < one.value < one.high
     assert one.value == reference(a) - reference(b)
-    slow = metrics.paired_bootstrap(lambda x: reference(x), a, b, 50, seed=1)
+    slow = paired(lambda x: reference(x), a, b, 50, seed=1)
     assert abs(slow.low / one.low - 1) < 1e-8 and abs(slow.high / one.high - 1) < 1e-8
 
 
@@ -286,10 +286,9 @@ def test_binary_scores_closed_form():
 # ---- features
 
 def test_extract_hands_over_images_in_order_and_in_range():
-    images, seen = np.random.default_rng(21).integers(0, 256, (5, 2, 3, 1), dtype=np.uint8), []
+    images = np.random.default_rng(21).integers(0, 256, (5, 2, 3, 1), dtype=np.uint8)
     images[0, 0, 0, 0], images[0, 1, 1, 0] = 0, 255
-    got = metrics.extract(images, lambda x: x.flatten(1), 2, lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    got = metrics.extract(images, lambda x: x.flatten(1), 2)
     assert got.dtype == np.float32 and got.min() == -1 and got.max() == 1
     assert abs(got - (images.reshape(5, 6) / 127.5 - 1)).max() < 1e-6
 
@@ -301,7 +300,6 @@ GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: metrics.frechet_distance(GOOD, GOOD[:, :4]), "dimensions differ"),
-    (lambda: metrics.FeatureStats(GOOD) + metrics.FeatureStats(GOOD[:, :4]), "dimensions differ"),
     (lambda: metrics.FrechetReference(GOOD).bootstrap_distances(GOOD[:, :4], [[0, 1]]), "dimensions differ"),
     (lambda: metrics.kid(GOOD, GOOD[:, :4]), "dimensions differ"),
     (lambda: metrics.FeatureStats(np.empty((0, 3))), "need at least 1 feature rows, got 0"),
@@ -316,7 +314,7 @@ GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
     (lambda: metrics.PairReference(GOOD[:5]), "at least 6 feature rows, got 5"),
     (lambda: metrics.PairReference(GOOD, k_pr=0), "k_pr 0"),
     (lambda: metrics.FeatureStats(GOOD).all_reduce(4, lambda tensor: None), "dimensions differ"),
-    (lambda: metrics.paired_bootstrap(np.mean, GOOD, GOOD[:5], 10, seed=0), "equal length"),
+    (lambda: paired(np.mean, GOOD, GOOD, 10, seed=0, other_resamples=9), "equal resamples"),
     (lambda: metrics.binary_scores([0.0], [0.5]), "labels 0"),
     (lambda: metrics.extract(np.zeros((0, 4, 4, 3), np.uint8), lambda x: x), "N > 0"),
 ])
@@ -332,3 +330,95 @@ def test_products_of_rows_are_right_in_either_precision(rows, others, dim):
     right = a.double() @ b.double().T
     assert torch.equal(metrics._products(a.double(), b.double()), right)
     assert (metrics._products(a, b) - right).abs().max() < 1e-5 * dim**0.5
+
+
+# ---- what users hand over
+
+X, Y = gaussian(31, 30, 4).astype(np.float32), gaussian(32, 30, 4).astype(np.float32)
+IMAGES = np.random.default_rng(33).integers(0, 256, (5, 4, 4, 3), np.uint8)
+AS = {
+    "list of rows": lambda x: list(x), "list of lists": lambda x: x.tolist(), "tensor": torch.from_numpy,
+    "tensor with gradient": lambda x: torch.from_numpy(x).requires_grad_(), "double": lambda x: x.astype(np.float64),
+    "list of tensors with gradient": lambda x: [row for row in torch.from_numpy(x).requires_grad_()],
+    "not contiguous": lambda x: np.asfortranarray(x), "transposed tensor": lambda x: torch.from_numpy(x.T.copy()).t(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", AS.values(), ids=AS)
+def test_features_come_in_any_reasonable_form(form):
+    scores = [metrics.PairReference(y).compare(x, 3) for x, y in ((X, Y), (form(X), form(Y)))]
+    assert scores[1].kid.value == pytest.approx(scores[0].kid.value, rel=1e-4)
+    assert scores[1].manifold == scores[0].manifold
+    assert metrics.frechet_distance(form(X), form(Y)) == pytest.approx(metrics.frechet_distance(X, Y), rel=1e-5)
+    assert metrics.bootstrap(np.mean, form(X), 5, 0).value == pytest.approx(X.mean(), rel=1e-5)
+    labels = X[:, 1] > 0
+    assert metrics.binary_scores(form(X[:, 0]), labels)["bce"] == pytest.approx(
+        metrics.binary_scores(X[:, 0], labels)["bce"], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32])
+def test_features_of_any_precision_are_what_their_numbers_are(dtype):
+    x, y = (torch.from_numpy(features).to(dtype) for features in (10 * X, 10 * Y))
+    want = metrics.frechet_distance(x.double().numpy(), y.double().numpy())
+    assert metrics.frechet_distance(x, y) == pytest.approx(want, rel=1e-9)
+    assert metrics.kid(x, y) == pytest.approx(metrics.kid(x.double().numpy(), y.double().numpy()), rel=1e-9)
+
+
+@pytest.mark.parametrize("form", [list, tuple, torch.from_numpy, lambda x: [torch.from_numpy(image) for image in x],
+                                  lambda x: x[:, ::-1][:, ::-1], lambda x: x.transpose(0, 2, 1, 3).swapaxes(1, 2)])
+def test_images_come_in_any_reasonable_form(form):
+    def encode(x):
+        return x.mean((2, 3)).to(torch.bfloat16).requires_grad_()
+
+    assert np.array_equal(metrics.extract(form(IMAGES), encode, 2), metrics.extract(IMAGES, encode, 5))
+
+
+def huge(size, dtype):
+    return (gaussian(34, 30, 4) * size).astype(dtype)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1e7, np.float32), (1e12, np.float32), (1e30, np.float32), (1e46, float),
+                                             (1e200, float)])
+def test_features_too_large_for_a_score_are_refused(size, dtype):
+    real = gaussian(35, 30, 4).astype(dtype)
+    for call in (lambda: metrics.kid(huge(size, dtype), real), lambda: metrics.kid(real, huge(size, dtype)),
+                 lambda: metrics.PairReference(real).compare(huge(size, dtype), 5)):
+        with pytest.raises(UserError, match="features as large as .*scale them") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert np.isfinite(metrics.kid(huge(1e7, float), real.astype(float)))  # as the message says
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1), 0), "batch_size 0: give a whole number, at least 1"),
+    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1), -3), "batch_size -3"),
+    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1), 2.5), "batch_size 2.5"),
+    (lambda: metrics.extract(IMAGES[0], lambda x: x), r"uint8 \[N,H,W,C\] with N > 0, got uint8 \(4, 4, 3\)"),
+    (lambda: metrics.extract([IMAGES[0], IMAGES[0, :2]], lambda x: x), "list of equal shapes"),
+    (lambda: metrics.extract(None, lambda x: x), "no array of real numbers"),
+    (lambda: metrics.extract(IMAGES, lambda x: x), r"encode made \(5, 3, 4, 4\) of 5 images, not \[5,d\]"),
+    (lambda: metrics.extract(IMAGES, lambda x: x.mean((0, 2, 3))), "encode made"),
+    (lambda: metrics.extract(IMAGES, lambda x: None), "no array of real numbers"),
+    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1) / 0), "feature rows are not finite"),
+    (lambda: metrics.kid(X, "features"), "no array of real numbers"),
+    (lambda: metrics.kid(X + 1j, Y), "an array of complex64 is no array of real numbers"),
+    (lambda: metrics.kid([[1.0, 2.0], [3.0]], Y), "list of equal shapes"),
+    (lambda: metrics.kid(torch.from_numpy(X).to_sparse(), Y), "give an array, a tensor"),
+    (lambda: metrics.kid(X[:, 0], Y), "matrix"),
+    (lambda: metrics.FeatureStats(X[None]), "matrix"),
+    (lambda: metrics.PairReference(X, block=0), "block 0"),
+    (lambda: metrics.PairReference(X, k_dc=2.5), "k_dc 2.5"),
+    (lambda: metrics.PairReference(X).compare(Y, -1), "n_resamples -1"),
+    (lambda: metrics.PairReference(X).compare(Y).kid.interval(), "needs resamples"),
+    (lambda: metrics.resample(np.mean, X, 3, -1), "seed -1"),
+    (lambda: metrics.resample(np.mean, X, 2.0, 0), "n_resamples 2.0"),
+    (lambda: metrics.resample(np.mean, 3.0, 3, 0), "at least 2 images"),
+    (lambda: metrics.FrechetReference(X).bootstrap_distances(Y, [[0, 30]]), "numbers from 0 to 29"),
+    (lambda: metrics.FrechetReference(X).bootstrap_distances(Y, [0, 1]), "rows"),
+    (lambda: metrics.calibration_error([0.1], [1], bins=0), "bins 0"),
+    (lambda: metrics.binary_scores(torch.zeros(2, 1), [0, 1]), "a logit and a label per image"),
+])
+def test_what_cannot_be_scored_is_one_clear_line(call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -76,6 +76,45 @@ def test_work_finds_in_the_notebooks_what_they_need(tmp_path, monkeypatch, capfd
     assert "HIT evaluate" in printed.out + printed.err and "MISS" not in printed.out + printed.err
 
 
+def code_cells(path, tag: str | None = None) -> list:
+    """The code cells of a notebook: all of them, or those with a tag."""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_code_cells_have_at_most_15_lines(path):
+    """Parameters and the setup cell after them excepted, which list what the notebook needs."""
+    long = {cell.id: n for cell in code_cells(path)[2:] if (n := len(cell.source.splitlines())) > 15}
+    assert not long
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_notebooks_use_what_they_import(path):
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(path)))
+    imported = {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert not imported - {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def test_equations_are_on_the_page_and_asserted():
+    """Cells tagged `equation` hold every equation of the report as code, and assert it before the next other cell.
+
+    That they hold is seen when the notebooks run.
+    """
+    named = set()
+    for path in (path for path in SOURCES if path.name[:2] != "05"):
+        cells = code_cells(path)
+        equations = [cell in code_cells(path, "equation") for cell in cells]
+        assert any(equations), path.stem
+        for cell, is_equation, goes_on in zip(cells, equations, [*equations[1:], False], strict=True):
+            assert not is_equation or goes_on or re.search(r"^ *assert ", cell.source, re.MULTILINE), cell.id
+        named |= {name for cell in code_cells(path, "equation") for name in re.findall(r"\beq:[a-z-]+", cell.source)}
+    text = "".join(path.read_text() for path in (ROOT / "report" / "sections").glob("*.tex"))
+    labels = set(re.findall(r"\\label\{(eq:[a-z-]+)\}", text))
+    assert len(labels) > 5 and not labels - named
+
+
 def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     """From nothing to results; then again, finding everything and changing no result."""
     for name in ("notebooks", "pyproject.toml"):

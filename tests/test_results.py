@@ -8,7 +8,6 @@ import pytest
 
 from dgutils.errors import UserError
 from dgutils.results import records as results
-from dgutils.results import trace
 from dgutils.results.records import (
     Recorder,
     format_value,
@@ -225,25 +224,38 @@ def test_two_columns_of_one_name_are_told_apart(root, tmp_path):
 # --- why the ensemble failed
 
 
-def ladder(steps: dict[str, float], alone: dict[str, tuple[float, str]]) -> results.Results:
-    """Results with a ladder of two faults: steps by rung, and for single faults (step, word against unguided)."""
-    records = {"settings.ladder": {"value": "raw_logits, wrong_file"}}
-    for rung, step in steps.items():
-        word = "lower than" if step < -1 else "not distinguishable from"
-        records |= {f"ladder.{rung}.step.first.kid_change": {"value": step, "unit": "", "digits": 1},
-                    f"ladder.{rung}.step.first.kid_direction": {"value": word}}  # fmt: skip
-    for fault, (step, word) in alone.items():
-        records |= {f"ladder.only_{fault}.step.first.kid_change": {"value": step, "unit": "", "digits": 1},
-                    f"ladder.only_{fault}.first.kid_direction": {"value": word}}  # fmt: skip
-    return results.Results("quick", records, {})
+def ladder(steps: dict[str, float], alone: dict[str, tuple[float, float]]) -> results.Results:
+    """Results with a ladder of two faults: steps by rung, and for single faults (step, change against unguided)."""
+    def record(value):
+        return {"value": value, "interval": [value - 1, value + 1], "unit": "", "digits": 1}
+
+    records = {f"ladder.{rung}.step.first.kid_change": record(step) for rung, step in steps.items()}
+    for fault, (step, change) in alone.items():
+        records |= {f"ladder.only_{fault}.step.first.kid_change": record(step),
+                    f"ladder.only_{fault}.first.kid_change": record(change)}  # fmt: skip
+    rows = [("as it ran", None), *((f"only: {fault.replace('_', ' ')}", f"ladder.only_{fault}.first.kid_change")
+                                   for fault in alone)]  # fmt: skip
+    return results.Results("quick", records, {"ladder": {"columns": ["Ensemble", "KID"], "rows": rows}})
 
 
 def test_causes_follow_the_rules_of_the_design():
-    found = results.causes(ladder({"without_raw_logits": -9.0, "correct": -0.5},
-                                  {"raw_logits": (8.0, "higher than"), "wrong_file": (0.2, "lower than")}), "first")
-    raw, file = (trace.constants("pipeline/study")["FAULTS"][fault] for fault in ("raw_logits", "wrong_file"))
-    assert found == {"alone": f"{raw} (8.0); {file} (0.2)", "sufficient": raw, "carries": f"{raw} (-9.0)"}
-    found = results.causes(ladder({"without_raw_logits": 0.2, "correct": -0.5},
-                                  {"raw_logits": (8.0, "lower than"), "wrong_file": (0.2, "lower than")}), "first")
+    faults = {"raw_logits": (8.0, 7.0), "wrong_file": (0.2, -3.0)}
+    found = results.causes(ladder({"without_raw_logits": -9.0, "correct": -0.5}, faults), "first")
+    assert found == {"alone": "raw logits (8.0 [7.0, 9.0]); wrong file (0.2 [-0.8, 1.2])", "sufficient": "raw logits",
+                     "carries": "raw logits (-9.0 [-10.0, -8.0])"}  # fmt: skip
+    found = results.causes(ladder({"without_raw_logits": 0.2, "correct": -0.5}, faults | {"raw_logits": (8.0, 0.5)}),
+                           "first")
     assert found["sufficient"] == found["carries"] == "none", "no fault is named beyond what the intervals carry"
     assert results.causes(ladder({}, {}), "first") == results.causes(results.Results("quick", {}, {}), "first") == {}
+
+
+def test_a_change_with_an_interval_has_its_word(root):
+    recorder = Recorder("quick", "04_evaluation", root)
+    for name, low, high in (("a", -2, -1), ("b", -1, 1), ("c", 1, 2)):
+        recorder.record(f"{name}.kid_change", (low + high) / 2, interval=(low, high), level=0.95, **WHERE)
+    recorder.record("d.fd_change", 1.0, **WHERE)
+    recorder.write()
+    for found in (recorder.results, load_results("quick", root)):
+        words = [found.text(f"{name}.kid_direction") for name in "abc"]
+        assert words == ["lower than", "not distinguishable from", "higher than"]
+        assert "d.fd_direction" not in found.records

@@ -11,8 +11,8 @@ import pytest
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir
 from dgutils.pipeline.store import Store
-from dgutils.results import trace
 from dgutils.results.records import Recorder, load_results
+from report import trace
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = "04_evaluation"
@@ -109,7 +109,8 @@ FIGURE, RESULTS = "figures/smoke/04_arms.pdf", "report/results/smoke/04.json"
      "num_steps was 6, and is 7 in profile smoke"),
     (edit(FIGURE, "a figure", "another"), f"{FIGURE} is not the one drawn with its results"),
     (lambda clone: (clone / FIGURE).unlink(), f"{FIGURE} is gone"),
-    (edit(RESULTS, '"analysis": "', '"analysis": "0'), "dgutils/results/analysis.py has changed since"),
+    (edit(RESULTS, '"statements": "', '"statements": "0'),
+     "the rules of dgutils/results/statements.py and ledger.py have changed since"),
     (edit(RESULTS, '"evaluate": 1', '"evaluate": 0'),
      "the numbers of step 'evaluate' have changed since, from version 0 to 1"),
     (edit(RESULTS, '"label": "net"', '"label": "fashion-mnist-edm"'), "fashion-mnist-edm is another file now"),

@@ -1,21 +1,28 @@
 """The registry of published weights: downloads that resume and are verified, checksums that are kept."""
 
+import bz2
 import dataclasses
 import functools
+import gzip
 import hashlib
 import http.server
 import json
+import lzma
 import os
 import socket
 import threading
 import types
 import urllib.request
+import zipfile
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from dgutils.errors import UserError
 from dgutils.networks import weights
+from dgutils.networks.inspection import inspect
 
 CONTENT = b"PK" + bytes(range(256)) * 9000  # 2.3 MB: more than two blocks
 
@@ -282,3 +289,46 @@ def test_the_registry_file_has_only_known_fields():
     fields = {field.name for field in dataclasses.fields(weights.Published)}
     for entry in yaml.safe_load(weights.REGISTRY.read_text()).values():
         assert set(entry) < fields
+
+
+def zipped(path, **files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name.replace("__", "/").replace("_pt", ".pt").replace("_npz", ".npz"), data)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pkl", ".npz"])
+@pytest.mark.parametrize("inside", ["net_pt", "drive__weights__net_pt", "a_npz"])
+def test_a_zip_in_the_place_of_a_file_is_to_be_unpacked(folder, monkeypatch, suffix, inside):
+    entry = dataclasses.replace(ENTRY, file=f"net{suffix}")
+    enter(monkeypatch, entry)
+    folder.mkdir()
+    zipped(folder / entry.file, **{inside: CONTENT})
+    with pytest.raises(UserError, match=rf"net{suffix} is a zip that holds .*: unpack it, and put net{suffix} itself"):
+        weights.find("net")
+    assert inspect(folder / entry.file)[-1].startswith("REFUSED: it is a zip that holds ")
+
+
+@pytest.mark.parametrize("kind, pack", [("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)])
+def test_other_archives_too(folder, kind, pack):
+    folder.mkdir()
+    (folder / "net.pt").write_bytes(pack(CONTENT))
+    with pytest.raises(UserError, match=f"net.pt is a {kind} archive: unpack it"):
+        weights.find("net")
+    assert inspect(folder / "net.pt")[-1] == f"REFUSED: it is a {kind} archive: unpack it"
+
+
+def test_a_zip_beside_it_that_holds_the_absent_file_is_named(folder):
+    folder.mkdir()
+    zipped(folder / "other.zip", a_pt=b"")
+    with pytest.raises(UserError, match="net.pt is not in"):
+        weights.find("net")
+    zipped(folder / "drive-download-001.zip", drive__net_pt=CONTENT)
+    with pytest.raises(UserError, match="drive-download-001.zip holds net.pt: unpack it there"):
+        weights.find("net")
+
+
+def test_torch_s_own_zip_is_no_archive_of_weights(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "net.pt")
+    np.savez(tmp_path / "net.npz", mu=np.ones(2))
+    assert weights.packed(tmp_path / "net.pt") is None and weights.packed(tmp_path / "net.npz") is None

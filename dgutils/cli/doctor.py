@@ -31,10 +31,15 @@ class Absent(Exception):
 # --- checks: each returns what it found, or raises Absent
 
 
+def need(there, found, advice):
+    if not there:
+        raise Absent(found, advice)
+    return found
+
+
 def check_python():
-    if sys.version_info < (3, 11):  # noqa: UP036 (pip has not seen the Python that starts this)
-        raise Absent(platform.python_version(), "install Python 3.11 or newer; then: make test PYTHON=/path/to/it")
-    return f"{platform.python_version()}, {sys.executable}"
+    return need(sys.version_info >= (3, 11), f"{platform.python_version()}, {sys.executable}",
+                "install Python 3.11 or newer; then: make test PYTHON=/path/to/it")  # fmt: skip
 
 
 def pins(text):
@@ -51,22 +56,19 @@ def check_packages():
     found = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in metadata.distributions() if d.name}
     pinned = pins((repo_root() / "requirements.txt").read_text(encoding="utf-8"))
     wrong = [f"{name} {found.get(name, 'absent')} instead of {pin}" for name, pin in pinned if found.get(name) != pin]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Absent(", ".join(wrong[:3]) + more, "`make test` or `make reproduce` install them in .venv; by hand: "
-                                                  "pip install --require-hashes -r requirements.txt")
-    return f"{len(pinned)}, as pinned in requirements.txt"
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return need(not wrong, ", ".join(wrong[:3]) + more or f"{len(pinned)}, as pinned in requirements.txt",
+                "`make test` or `make reproduce` install them in .venv; by hand: "
+                "pip install --require-hashes -r requirements.txt")  # fmt: skip
 
 
 def check_disk(values, installed):
     """Rough: images, their features in two spaces of 2048 float32, packages, and 1 GB to breathe."""
     images = values.get("num_fake", 0) + ARMS * values.get("num_eval", 0)
-    need = 1 + images * (3 * 32 * 32 + 2 * 2048 * 4) / GB + (0 if installed else PACKAGES_GB)
+    wanted = 1 + images * (3 * 32 * 32 + 2 * 2048 * 4) / GB + (0 if installed else PACKAGES_GB)
     free = shutil.disk_usage(repo_root()).free / GB
-    text = f"{free:.0f} GB free under {repo_root()}, about {need:.0f} GB needed"
-    if free < need:
-        raise Absent(text, "free some, or clone to a larger disk")
-    return text
+    return need(free >= wanted, f"{free:.0f} GB free under {repo_root()}, about {wanted:.0f} GB needed",
+                "free some, or clone to a larger disk")  # fmt: skip
 
 
 def check_folder(profile):
@@ -85,18 +87,17 @@ def check_memory():
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    if total / GB < MEMORY_GB:
-        raise Absent(f"{total / GB:.1f} GB, {MEMORY_GB} GB needed", "use a larger machine; a smaller batch_size may do")
-    return f"{total / GB:.0f} GB"
+    return need(total / GB >= MEMORY_GB, f"{total / GB:.1f} GB, {MEMORY_GB} GB needed",
+                "use a larger machine; a smaller batch_size may do")  # fmt: skip
 
 
 def check_tex():
     absent = [program for program in ("pdflatex", "latexmk", "kpsewhich") if not shutil.which(program)]
-    if absent or subprocess.run(["sh", PACKAGE / "setup.sh", "have-tex"], capture_output=True).returncode:
-        raise Absent(", ".join(absent) or "some LaTeX packages",
-                     "only `make report` needs TeX, and installs it if it may; by hand: sudo apt-get install "
-                     "texlive-latex-recommended texlive-fonts-recommended latexmk (macOS: MacTeX)")
-    return "pdflatex, latexmk and what report/main.tex loads"
+    lacks = absent or subprocess.run(["sh", PACKAGE / "setup.sh", "have-tex"], capture_output=True).returncode
+    found = "some LaTeX packages" if lacks else "pdflatex, latexmk and what report/main.tex loads"
+    return need(not lacks, ", ".join(absent) or found,
+                "only `make report` needs TeX, and installs it if it may; by hand: sudo apt-get install "
+                "texlive-latex-recommended texlive-fonts-recommended latexmk (macOS: MacTeX)")  # fmt: skip
 
 
 def check_device():
@@ -128,8 +129,8 @@ def check_shipped(values):
     from dgutils.networks import checkpoints, weights
 
     loaders = {"score_network": checkpoints.load_denoiser, "feature_extractor": checkpoints.load_feature_extractor}
-    shipped = {values[key]: load for key, load in loaders.items() if values[key] not in weights.registry()}
-    found = [name for name, load in shipped.items() if load(name)]
+    shipped = {key: values[key] for key in loaders if values[key] not in weights.registry()}
+    found = [name for key, name in shipped.items() if loaders[key](name)]
     return f"{', '.join(found)}: here, checksums right" if found else "the profile uses none"
 
 

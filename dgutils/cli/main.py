@@ -134,35 +134,12 @@ def inspect(file):
 
 
 @command
-@_profile("rehearsal")
-def stand_ins(profile):
-    """Write random stand-ins for a profile's published weights to $DGUTILS_WEIGHTS."""
-    from dgutils.networks import weights
-    from dgutils.networks.standins import write_stand_ins
-    from dgutils.pipeline.parameters import load
-
-    write_stand_ins(weights.weights_dir(), weights.mentioned(load(profile).model_dump()))
-    print(f"{weights.weights_dir()}: random stand-ins for the published weights")
-
-
-@command
 @_profile("quick")
 def doctor(profile):
     """Say whether everything is here that a profile needs."""
     from dgutils.cli.doctor import run
 
     return run(profile)
-
-
-@command
-@click.argument("key")
-@_profile(None, "Whose results [cifar10 if there are any, else quick].")
-def trace(key, profile):
-    r"""Say where a number, figure or table comes from: KEY as in \res{KEY}, figure:NN_slug or table:name."""
-    from dgutils.results.records import load_results, profile_to_report
-    from dgutils.results.trace import describe
-
-    print(describe(load_results(profile_to_report(profile)), key))
 
 
 @command

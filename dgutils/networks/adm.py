@@ -55,21 +55,26 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def _norm(channels, group_channels):
+    """A norm of `channels` in groups of so many, or, for None, in the published 32."""
+    return GroupNorm(channels, eps=1e-5, groups=channels // group_channels if group_channels else 32)
+
+
 class ResBlock(nn.Module):
     """Residual block; time scales and shifts its second norm (ADM's adaptive group norm, eq. 3).
 
     With down=True both branches are average-pooled by two.
     """
 
-    def __init__(self, in_channels, out_channels, embedding_dim, down=False):
+    def __init__(self, in_channels, out_channels, embedding_dim, group_channels=None, down=False):
         super().__init__()
         self.down = down
         self.in_layers = nn.Sequential(
-            GroupNorm(in_channels, eps=1e-5), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
+            _norm(in_channels, group_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, 2 * out_channels))
         # The Identity keeps the published index of the convolution (a dropout of rate 0 stood there).
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels, eps=1e-5), nn.SiLU(), nn.Identity(),
+            _norm(out_channels, group_channels), nn.SiLU(), nn.Identity(),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -88,10 +93,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Residual self-attention over positions; each head's q, k, v lie together in the qkv channels."""
 
-    def __init__(self, channels, head_channels):
+    def __init__(self, channels, head_channels, group_channels=None):
         super().__init__()
         self.heads = channels // head_channels
-        self.norm = GroupNorm(channels, eps=1e-5)
+        self.norm = _norm(channels, group_channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
@@ -153,13 +158,15 @@ class EncoderUNet(nn.Module):
     attention_resolutions: downsampling factors (after patching; 1 is the first level) whose blocks attend
     num_head_channels: channels of an attention head; num_classes: 0, or the size of the label embedding
     patch_size: p > 1 folds p x p pixels into channels before the stem, and the grid shrinks p-fold
+    num_group_channels: channels of a norm's group; None: every norm has 32 groups, whatever its width, as published
 
     Every option is kept in `config`; `feature_shape` is (F, h, w) of `features`.
     Raises UserError for options that do not fit together and for inputs of the wrong shape.
     """
 
     def __init__(self, image_size, in_channels, model_channels, out_channels, num_res_blocks,
-                 attention_resolutions, channel_mult, num_head_channels=64, num_classes=0, patch_size=1):
+                 attention_resolutions, channel_mult, num_head_channels=64, num_classes=0, patch_size=1,
+                 num_group_channels=None):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         widths = [int(mult * model_channels) for mult in channel_mult]
@@ -177,6 +184,10 @@ class EncoderUNet(nn.Module):
         if any(width % num_head_channels for width in attended):
             raise UserError(f"attention widths {attended} are not all multiples of num_head_channels "
                             f"{num_head_channels}: change model_channels, channel_mult or num_head_channels")
+        divisor, groups = (32, "32 groups") if num_group_channels is None else (
+            num_group_channels, f"groups of {num_group_channels} channels")  # fmt: skip
+        if divisor < 1 or any(width % divisor for width in widths):
+            raise UserError(f"widths {widths} do not divide into {groups} each: num_group_channels must divide all")
         self.feature_shape = (widths[-1], image_size // shrink, image_size // shrink)
 
         embedding_dim = 4 * model_channels
@@ -189,19 +200,21 @@ class EncoderUNet(nn.Module):
         self.input_blocks = nn.ModuleList([Stage([Stem(in_channels * patch_size**2, width, 3, padding=1)])])
         for level, next_width in enumerate(widths):
             if level > 0:
-                self.input_blocks.append(Stage([ResBlock(width, width, embedding_dim, down=True)]))
+                self.input_blocks.append(Stage([ResBlock(width, width, embedding_dim, num_group_channels, down=True)]))
             for _ in range(num_res_blocks):
-                layers = [ResBlock(width, next_width, embedding_dim)]
+                layers = [ResBlock(width, next_width, embedding_dim, num_group_channels)]
                 width = next_width
                 if 2**level in attention_resolutions:
-                    layers.append(AttentionBlock(width, num_head_channels))
+                    layers.append(AttentionBlock(width, num_head_channels, num_group_channels))
                 self.input_blocks.append(Stage(layers))
         self.middle_block = Stage([
-            ResBlock(width, width, embedding_dim), AttentionBlock(width, num_head_channels),
-            ResBlock(width, width, embedding_dim)])
+            ResBlock(width, width, embedding_dim, num_group_channels),
+            AttentionBlock(width, num_head_channels, num_group_channels),
+            ResBlock(width, width, embedding_dim, num_group_channels)])
         positions = self.feature_shape[1] * self.feature_shape[2]
         self.out = nn.Sequential(
-            GroupNorm(width, eps=1e-5), nn.SiLU(), AttentionPool(positions, width, num_head_channels, out_channels))
+            _norm(width, num_group_channels), nn.SiLU(),
+            AttentionPool(positions, width, num_head_channels, out_channels))
 
     def features(self, x, vp_time, class_labels=None):
         """Features after the middle block.

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ _SONG_UNET = dict(
     attn_resolutions=[16], dropout=0.10, label_dropout=0, embedding_type="positional", channel_mult_noise=1,
     encoder_type="standard", decoder_type="standard", resample_filter=[1, 1],
 )  # fmt: skip
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # in tensors' names
 _CONVERTER = 1  # raised when converted files of earlier versions must be made anew
 
 
@@ -160,6 +162,8 @@ def _converted(entry: weights.Published, path: Path) -> tuple[dict, dict[str, to
         manifest = json.loads(metadata.get("manifest", "{}"))
     if {key: manifest.get(key) for key in source} != source:
         config, tensors, about = read_edm(path)
+        if what := fault(tensors):
+            raise UserError(f"{path} refused: {what}: get the file again")
         tensors, manifest = {k: v.float() for k, v in tensors.items()}, source | {"config": config} | about
         try:
             cached.parent.mkdir(exist_ok=True)
@@ -185,7 +189,31 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         holds = f"a dict of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path} is not a state dict but {holds}: a training checkpoint? save its network's "
                         "state_dict() alone")
-    return found
+    return _unwrapped(found)
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by the names that they had before DataParallel, torch.compile and the like wrapped the network."""
+    plain = {_WRAPPERS.sub("", str(key)): value for key, value in tensors.items()}
+    while plain and all(key.startswith("module.") for key in plain):
+        plain = {key.removeprefix("module."): value for key, value in plain.items()}
+    return plain if len(plain) == len(tensors) else tensors
+
+
+def fault(tensors: dict[str, torch.Tensor]) -> str | None:
+    """What no trained network's tensors are, with the name of the first; None if they are in order."""
+    for name, value in tensors.items():
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            return f"{name} is a sparse, quantised or empty tensor"
+        if not value.is_floating_point():
+            return f"{name} holds {kind} numbers, not real ones"
+        finite = value.float().isfinite()
+        if not finite.all():
+            return f"{name} holds {finite.logical_not().sum():,} numbers that are NaN or infinite"
+        if value.ndim > 1 and not value.float().any():
+            return f"{name} is zero throughout, as if it had not been trained"
+    return None
 
 
 def _shapes(kind: str, config: dict) -> dict[str, tuple]:
@@ -206,8 +234,6 @@ def fitting(tensors: dict[str, torch.Tensor]) -> list[str]:
 
 def _likely(tensors: dict[str, torch.Tensor]) -> str:
     """The likely cause of a misfit, to end its message with."""
-    if tensors and all(key.startswith("module.") for key in tensors):
-        return "; its keys begin with 'module.', as DataParallel saves them: save network.module.state_dict()"
     if names := fitting(tensors):
         what = weights.published(names[0]).what
         return f"; it has the structure of {' or '.join(names)} ({what}): was one file put in the other's place?"
@@ -215,7 +241,7 @@ def _likely(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _check(entry: weights.Published, path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise UserError naming the first keys that are missing, superfluous or of another shape."""
+    """Raise UserError naming the first keys that are missing, superfluous, of another shape or no trained weights."""
     expected = _shapes(entry.kind, config)
     wrong = [f"{k} is {list(v.shape)}, not {list(expected[k])}" for k, v in tensors.items()
              if tuple(v.shape) != expected.get(k, tuple(v.shape))]  # fmt: skip
@@ -223,6 +249,8 @@ def _check(entry: weights.Published, path: Path, config: dict, tensors: dict[str
     if found := [f"{verb} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")
                  for verb, keys in faults if keys]:  # fmt: skip
         raise UserError(f"{path} is not the {entry.what}: it {', '.join(found)}{_likely(tensors)}")
+    if what := fault(tensors):
+        raise UserError(f"{path} refused: {what}: get the file again")
 
 
 def _published(name: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:

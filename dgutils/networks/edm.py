@@ -175,11 +175,10 @@ class GroupNorm(nn.GroupNorm):
     Statistics in float32 (or better) from sums over positions, then one multiply-add, in the input's dtype on a CPU.
     """
 
-    def __init__(self, channels, eps=1e-6):
-        # At most 32 groups of at least 4 channels (a group of one channel would erase its mean); every
-        # published width gets the published 32.
+    def __init__(self, channels, eps=1e-6, groups=None):
+        # EDM's own: at most 32 groups of at least 4 channels (a group of one channel would erase its mean).
         largest = max(1, min(32, channels // 4))
-        super().__init__(next(g for g in range(largest, 0, -1) if channels % g == 0), channels, eps)
+        super().__init__(groups or next(g for g in range(largest, 0, -1) if channels % g == 0), channels, eps)
 
     def forward(self, x, silu=False, adapt=None):
         """x [N, C, H, W], normalised; with adapt = (s, t), each [N, C], then y (1 + s) + t; with silu, then SiLU."""

@@ -13,22 +13,20 @@ import numpy as np
 import torch
 
 from dgutils.errors import UserError
-from dgutils.metrics import extract
+from dgutils.metrics import as_images, extract
 from dgutils.networks import weights
 
 DEFAULT_SPACE = "efficientnet-lite0@128"
 
 
-def image_features(images_u8, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
+def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
     """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a named space (see `metric_name`)."""
-    if np.ndim(images_u8) != 4 or np.shape(images_u8)[3] not in (1, 3) or images_u8.dtype != np.uint8:
-        raise UserError("images must be uint8 [N,H,W,C] with 1 or 3 channels, "
-                        f"got {images_u8.dtype} {np.shape(images_u8)}")
+    images = as_images(images, (1, 3))
     if space == "inception":
         encode = _inception(weights.find("inception"), device)  # [B,2048]
     else:
         encode = _efficientnet_lite0(_resolution(space), device)  # [B,1280]
-    return extract(images_u8, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, device=device)
+    return extract(images, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, device=device)
 
 
 def _resolution(space: str) -> int:

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from dgutils.errors import UserError
-from dgutils.networks.checkpoints import fitting, read_edm, read_state_dict, read_tensors
-from dgutils.networks.weights import sha256_of
+from dgutils.networks.checkpoints import fault, fitting, read_edm, read_state_dict, read_tensors
+from dgutils.networks.weights import packed, sha256_of
 
 
 def inspect(path: Path) -> list[str]:
     """What a file of weights or arrays holds, in lines of text. Runs nothing of it and builds no network.
 
-    Raises UserError if there is no such file; one that is refused is described as far as that is safe.
+    A file that no network would be made from is described as far as that is safe, and its last line begins with
+    REFUSED. Raises UserError if there is no such file.
     """
     path = Path(path)
     if not path.is_file():
@@ -25,7 +26,7 @@ def inspect(path: Path) -> list[str]:
     try:
         form, describe = _format(path, start)
     except zipfile.BadZipFile as error:
-        form, describe = "broken zip archive", lambda path, error=error: [str(error)]
+        form, describe = "broken zip archive", _refuse(error)
     lines = [f"{path}: {form}", f"{path.stat().st_size:,} bytes, sha256 {sha256_of(path)}"]
     try:
         return lines + describe(path)
@@ -33,8 +34,17 @@ def inspect(path: Path) -> list[str]:
         return lines + [f"REFUSED: {error}"]
 
 
+def _refuse(why):
+    def describe(path):
+        raise UserError(why)
+
+    return describe
+
+
 def _format(path, start):
     """A file's format by its content, and the function that describes it."""
+    if archive := packed(path):
+        return "packed file", _refuse(f"it {archive}: unpack it")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return "safetensors", _inspect_safetensors
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
@@ -48,7 +58,7 @@ def _format(path, start):
         return "torch file (before 1.6)", lambda path: _describe(read_state_dict(path))
     if start.startswith(b"\x80"):
         return "pickle", _inspect_pickle
-    return "unknown format", lambda path: [f"begins with {start!r}"]
+    return "unknown format", _refuse(f"it begins with {start!r}, as no file of weights or arrays does")
 
 
 def _describe(tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -60,7 +70,8 @@ def _describe(tensors: dict[str, torch.Tensor]) -> list[str]:
     lines += [f"  {n} {list(tensors[n].shape)}" if n in tensors else f"  {n}" for n in shown]
     classes = tensors.get("label_emb.weight", tensors.get("model.map_label.weight"))
     lines += [f"class-conditional: labels {list(classes.shape)}"] if classes is not None else []
-    return lines + [f"structure of: {', '.join(fitting(tensors)) or 'no network of the registry'}"]
+    lines += [f"structure of: {', '.join(fitting(tensors)) or 'no network of the registry'}"]
+    return lines + ([f"REFUSED: {what}"] if (what := fault(tensors)) else [])
 
 
 def _inspect_pickle(path):

@@ -2,7 +2,7 @@
 
 `assets/registry.yaml` describes the files; they lie in `paths.weights_dir()`, fetched or put there by hand. Only
 `fetch` touches the network. A file's sha256 is recorded in `checksums.json` beside it when it is first fetched or
-used, and enforced from then on. A folder with a file REHEARSAL holds random stand-ins (dgutils/standins.py).
+used, and enforced from then on. A folder with a file REHEARSAL holds random stand-ins (tests/standins.py).
 """
 
 import functools
@@ -12,6 +12,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from dgutils.paths import weights_dir
 REGISTRY = Path(__file__).resolve().parent.parent / "assets" / "registry.yaml"
 REHEARSAL = "REHEARSAL"
 _MAGIC = {".pkl": (b"\x80",), ".pt": (b"PK", b"\x80"), ".npz": (b"PK",)}  # \x80: a pickle; PK: a zip archive
+
+_PACKED = (("tar", 257, b"ustar"), ("gzip", 0, b"\x1f\x8b"), ("bzip2", 0, b"BZh"), ("xz", 0, b"\xfd7zXZ"),
+           ("7z", 0, b"7z\xbc\xaf"), ("rar", 0, b"Rar!"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,23 @@ def _known(entry: Published) -> dict:
     return _records().get(entry.file, {}) | {key: value for key, value in stated.items() if value is not None}
 
 
+def packed(path: Path) -> str | None:
+    """What a file is if it is packed and has to be unpacked first, in words; None for others."""
+    with open(path, "rb") as file:
+        start = file.read(262)
+    if start.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            inside = [name for name in archive.namelist() if Path(name).suffix in _MAGIC and
+                      Path(name).name not in ("data.pkl", "constants.pkl")]  # those are torch's own  # fmt: skip
+        return f"is a zip that holds {', '.join(inside[:3])}" if inside else None
+    return next((f"is a {kind} archive" for kind, at, magic in _PACKED if start[at:].startswith(magic)), None)
+
+
 def _difference(entry: Published, path: Path) -> str | None:
     """What is wrong with a file, in words; None if nothing is known to be."""
     known, size = _known(entry), path.stat().st_size
+    if archive := packed(path):
+        return f"{archive}, not {entry.file} itself: unpack it"
     with open(path, "rb") as file:
         start = file.read(2)
     if not start.startswith(_MAGIC[Path(entry.file).suffix]):
@@ -149,9 +167,14 @@ def find(name: str) -> Path:
     """The file of `name`, checked. Raises UserError if it is absent or altered, saying how to get it."""
     entry = published(name)
     if not entry.path.is_file():
+        for archive in filter(zipfile.is_zipfile, weights_dir().glob("*.zip")):
+            if any(Path(inside).name == entry.file for inside in zipfile.ZipFile(archive).namelist()):
+                raise UserError(f"{archive} holds {entry.file}: unpack it there, so that it is {entry.path}")
         where = "a file of" if _is_drive(entry.url) else "from"
         raise UserError(f"{entry.file} is not in {weights_dir()}: run `python -m dgutils fetch {name}`, "
                         f"or download it by hand ({where} {entry.url}) and put it there")
+    if archive := packed(entry.path):
+        raise UserError(f"{entry.path} {archive}: unpack it, and put {entry.file} itself in its place")
     if difference := _difference(entry, entry.path):
         raise UserError(f"{entry.path} {difference}: delete it and fetch it again, or, if you replaced it on "
                         f"purpose, remove its entry from {weights_dir() / 'checksums.json'}")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import cores, torchrun_ranks
+from dgutils.paths import cores
 from dgutils.pipeline.ranks import LostContact, first_line
 
 MAX_RESTARTS = 3  # of the group, before a failure counts
@@ -36,7 +36,8 @@ def reporting() -> Iterator[None]:
     with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
     exception"), and a rank that had done its work would count as failed.
     """
-    if not (torchrun_ranks() and os.environ.get("TORCHELASTIC_ERROR_FILE")):
+    theirs = ("RANK", *(f"TORCHELASTIC_{name}" for name in ("ERROR_FILE", "RESTART_COUNT", "MAX_RESTARTS")))
+    if not all(map(os.environ.get, theirs)):
         yield
         return
     file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -84,10 +85,11 @@ def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTAR
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else they find dead ranks (PyTorch issue 135712)
+    # The ranks meet on the loopback device: a machine need not be able to resolve its own name.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as logs:
         logging.disable()  # what torchrun would tell in many lines we tell in one
         try:
-            # The ranks are on this machine, which need not be able to resolve its own name.
             run(parse_args(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}",
                             f"--max-restarts={max_restarts}", f"--log-dir={logs}", *command]))  # fmt: skip
         except ChildFailedError as error:

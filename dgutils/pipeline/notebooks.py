@@ -132,8 +132,8 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides
     """
     if cell_timeout < 0:
         raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
-    parameters.load(profile, overrides)  # what is wrong with them is said before anything runs
-    selected = cells.sources("" if only is None else only if isinstance(only, str) else tuple(only))
+    values = parameters.load(profile, overrides)  # what is wrong with them is said before anything runs
+    selected = cells.sources(tuple([only] if isinstance(only, str) else only or values.notebooks))
     for source in selected:
         cells.read(source)
     seconds = {}

@@ -97,6 +97,7 @@ class Parameters(BaseModel):
     head_width: Count = Field(16, description="channels of a discriminator's head")
     head_blocks: int = Field(0, ge=0, le=100, description="residual blocks of a head beside those of its middle")
     head_channels: Count = Field(16, description="channels of an attention head")
+    own_discriminators: bool = Field(True, description="table 1's are trained; else only published weights guide")
     # other samplers, published weights (notebook 04)
     published_discriminator: str = Field("", description="a published head on the same extractor, an arm of its own")
     conditional_network: str = Field("", description="a class-conditional denoiser, for arms of its own")
@@ -121,6 +122,7 @@ class Parameters(BaseModel):
     toy_samples: Count = Field(1000, description="points an arm in the 2-D world")
     toy_steps: int = Field(18, ge=2, le=10_000, description="Heun steps there")
     num_watched: Annotated[Count, Field(le=10_000)] = Field(16, description="images followed along their trajectory")
+    notebooks: list[str] = Field([""], min_length=1, description="those that a run has, by how their names begin")
     watermark: str = Field("quick", description="across the pages of a report made from these results; '' for none")
 
     @model_validator(mode="after")

@@ -172,6 +172,29 @@ def _try(held: BaseFileLock) -> bool:
 
 
 @cache
+def revision_of(root: Path) -> str | None:
+    """The git revision of a clone, with -dirty if its code is changed; None of a folder that is none, or unreadable."""
+
+    def git(*arguments):
+        command = ["git", "--no-optional-locks", "-C", root, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True,
+                              env=inherited() | {"LC_ALL": "C"}).stdout.strip()  # fmt: skip
+
+    try:
+        if not root.samefile(git("rev-parse", "--show-toplevel")):
+            return None  # a copy inside another repository
+        # What notebooks write beside the code, results and figures, makes no other code.
+        code = (":/", ":(top,exclude)report/results", ":(top,exclude)figures")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
+    except (OSError, subprocess.CalledProcessError) as error:
+        if "dubious ownership" in getattr(error, "stderr", ""):
+            log_line(f"git does not tell the code's revision, since {root} belongs to another user: none is recorded;"
+                     f" to mend it: git config --global --add safe.directory {root}")  # fmt: skip
+        return None
+
+
+@cache
 def provenance() -> dict:
     """What makes the results of this process: device, package versions, code revision (None outside git)."""
     torch = sys.modules.get("torch")
@@ -181,28 +204,9 @@ def provenance() -> dict:
         cpuinfo = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
         device = f"{model[1].strip() if model else platform.machine()}, {cores()} cores"
-    root, refused = Path(__file__).resolve().parents[2], ""
-
-    def git(*arguments):
-        command = ["git", "--no-optional-locks", "-C", root, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True,
-                              env=inherited() | {"LC_ALL": "C"}).stdout.strip()  # fmt: skip
-
-    try:
-        if not root.samefile(git("rev-parse", "--show-toplevel")):
-            raise FileNotFoundError(root)  # a copy inside another repository
-        # What notebooks write beside the code, results and figures, makes no other code.
-        code = (":/", ":(top,exclude)report/results", ":(top,exclude)figures")
-        revision = git("rev-parse", "HEAD")
-        revision += "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
-    except (OSError, subprocess.CalledProcessError) as error:
-        revision, refused = None, getattr(error, "stderr", "")
-    if "dubious ownership" in refused:
-        log_line(f"git does not tell the code's revision, since {root} belongs to another user: none is recorded; "
-                 f"to mend it: git config --global --add safe.directory {root}")  # fmt: skip
     versions = {name: metadata.version(name) for name in ("torch", "numpy")}
     versions["python"] = platform.python_version()
-    return {"device": device, "revision": revision, "versions": versions}
+    return {"device": device, "revision": revision_of(Path(__file__).resolve().parents[2]), "versions": versions}
 
 
 def now() -> str:
@@ -510,7 +514,7 @@ KEPT = "kept/scores.json"  # below a profile's results
 def read_kept(path: Path) -> dict[str, dict]:
     """The scores that a results folder keeps, so that a study goes on where another machine left it.
 
-    {"scores": digest of the artifact -> its scores, "lineage": as of `trace.lineage`}, both empty without the file.
+    {"scores": digest of the artifact -> its scores, "lineage": as of `provenance.lineage`}, both empty without it.
     Raises UserError if it is damaged.
     """
     try:

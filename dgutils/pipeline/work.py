@@ -20,7 +20,8 @@ class Declared:
     def __init__(self, profile: str, overrides: Mapping[str, Any] | None = None):
         self.parameters = parameters.load(profile, overrides)
         values = {"profile": profile} | dict(overrides or {})
-        self.experiments: list[Experiment] = [cells.experiment_of(path, values) for path in cells.sources()]
+        notebooks = cells.sources(tuple(self.parameters.notebooks))
+        self.experiments: list[Experiment] = [cells.experiment_of(path, values) for path in notebooks]
         scored: dict[str, Score] = {}
         for score in (score for experiment in self.experiments for score in experiment.scored):
             scored.setdefault(score.artifact.digest, score)

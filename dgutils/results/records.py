@@ -1,8 +1,7 @@
 """Result records: every number the report prints, with what is needed to believe it, and how it is printed.
 
 A notebook records its numbers under keys, at full precision, in report/results/<profile>/<NN>.json (`Recorder`).
-Published numbers stand in report/published.csv. From both come the numbers and tables of the report
-(dgutils/report.py), the tables of the notebooks (`Results.markdown`) and the summary of a run (`print_summary`).
+Published numbers stand in report/published.csv. Reports and notebooks print both by the same rules (`format_value`).
 """
 
 import csv
@@ -29,7 +28,8 @@ from dgutils.pipeline.store import (
     write_file,
     write_kept,
 )
-from dgutils.results import trace
+from dgutils.results.provenance import fingerprint, lineage, section_of, sections
+from dgutils.results.statements import HIGHER, LOWER, direction, with_words
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "report" / "published.csv"
 SUMMARY = ("arms", "arms_second", "rules")  # tables of notebooks 04 and 06
@@ -98,21 +98,21 @@ class Recorder:
     @property
     def results(self) -> "Results":
         """What is recorded so far, and the published numbers, to be printed in the notebook itself."""
-        return Results(self.profile, published() | self.records, self.tables)
+        return Results(self.profile, with_words(published() | self.records), self.tables)
 
     def write(self) -> Path:
         """Write the file, with the code and the artifacts behind its records, and the digests of its figures.
 
         If it holds these results already it stays: dates change only with results or code.
         """
-        cells = trace.sections(self.notebook)
+        cells = sections(self.notebook)
         figures = sorted(figures_dir(self.profile).glob(f"{self.notebook[:2]}_*.pdf"))
         content = {
             "profile": self.profile, "notebook": self.notebook, "records": self.records,
-            "tables": {name: table | {"cell": trace.section_of(name, cells)} for name, table in self.tables.items()},
+            "tables": {name: table | {"cell": section_of(name, cells)} for name, table in self.tables.items()},
             "figures": {path.stem: {"cell": cell, "sha256": digest_of_file(path)} for path in figures
-                        if (cell := trace.section_of(path.stem, cells))},
-            "code": trace.fingerprint(self.notebook),
+                        if (cell := section_of(path.stem, cells))},
+            "code": fingerprint(self.notebook),
         }  # fmt: skip
         content = json.loads(json.dumps(content, allow_nan=False))
         try:
@@ -121,7 +121,7 @@ class Recorder:
             old = {}
         if any(old.get(part) != content[part] for part in content):
             digests = {digest for record in self.records.values() for digest in record["artifacts"]}
-            content |= {"provenance": {"date": now()} | provenance(), "lineage": trace.lineage(self.profile, digests)}
+            content |= {"provenance": {"date": now()} | provenance(), "lineage": lineage(self.profile, digests)}
             write_if_changed(self.path, to_json(content))
         return self.path
 
@@ -140,7 +140,7 @@ def keep(profile: str) -> Path:
     scores = read_kept(path)["scores"] | found
     if not scores:
         raise UserError(f"profile {profile} has no scores to keep: run `make reproduce PROFILE={profile}` first")
-    write_kept(path, scores, trace.lineage(profile, scores))
+    write_kept(path, scores, lineage(profile, scores))
     return path
 
 
@@ -182,17 +182,12 @@ def write_if_changed(path: Path, text: str) -> None:
 # --- reading
 
 
-def profile_to_report(profile: str | None) -> str:
-    """The profile asked for; else the committed study's; a clone that has not got it yet reports what it ran itself."""
-    complete = [name for name in ("cifar10", "quick") if (results_dir(name) / "06.json").is_file()]
-    return profile or (complete or ["quick"])[0]
-
 @dataclass(frozen=True)
 class Results:
     """What a profile's notebooks recorded, and the published numbers.
 
     records, tables, figures: by key or name; each names its notebook. runs: notebook -> its provenance, code and
-    lineage. lineage: that of all notebooks (`trace.lineage`).
+    lineage. lineage: that of all notebooks (`lineage`).
     """
     profile: str
     records: dict[str, dict]
@@ -256,6 +251,7 @@ def load_results(profile: str, root: Path | str | None = None) -> Results:
             known |= {name: item | {"notebook": content["notebook"]} for name, item in new.items()}
         results.runs[content["notebook"]] = content["provenance"] | {
             "code": content.get("code"), "lineage": content.get("lineage", {})}
+    results.records.update(with_words(results.records))
     return results
 
 
@@ -281,36 +277,42 @@ def published(path: Path | str = PUBLISHED) -> dict[str, dict]:
     return records
 
 
-# --- why the ensemble failed
-
-
 def causes(results: Results, slot: str, latex: bool = False) -> dict[str, str]:
-    """What a ladder says of its faults in a feature space, in words, by the rules that notebook 05 sets.
+    """What the ladder of faults says in a feature space, by the rules that notebook 05 sets; {} without a ladder.
 
     "alone": each fault, added alone to the correct ensemble, with its change of KID. "sufficient": those that make
     KID worse than unguided. "carries": the fault whose mending, in the company of those below it, lowers KID most,
-    with the step. {} for a profile without a ladder.
+    with the step.
     """
-    names, records = trace.constants("pipeline/experiment")["FAULTS"], results.records
-    faults = str(records["settings.ladder"]["value"]).split(", ") if "settings.ladder" in records else []
-    rungs = [*(f"without_{fault}" for fault in faults[:-1]), "correct"]
-    steps = {fault: records.get(f"ladder.{rung}.step.{slot}.kid_change")
-             for fault, rung in zip(faults, rungs, strict=False)}  # fmt: skip
-    if not steps or None in steps.values():
-        return {}
+    rows = [row for row in results.tables.get("ladder", {}).get("rows", []) if ".only_" in (row[1] or "")]
+    names = {row[1].split(".")[1].removeprefix("only_"): row[0].removeprefix("only: ") for row in rows}
+    rungs = dict(zip(names, [*(f"without_{fault}" for fault in list(names)[:-1]), "correct"], strict=False))
 
-    def told(fault, key=None):
+    def told(fault: str, record: dict | None = None) -> str:
         name = latex_escape(names[fault]) if latex else names[fault]
-        return f"{name} ({format_value(results[key], latex)})" if key else name
+        return f"{name} ({format_value(record, latex)})" if record else name
 
-    sufficient = [told(fault) for fault in faults
-                  if results[f"ladder.only_{fault}.{slot}.kid_direction"]["value"] == "higher than"]
-    most = min(steps, key=lambda fault: steps[fault]["value"])
-    rung = rungs[faults.index(most)]
-    lowers = results[f"ladder.{rung}.step.{slot}.kid_direction"]["value"] == "lower than"
-    return {"alone": "; ".join(told(fault, f"ladder.only_{fault}.step.{slot}.kid_change") for fault in faults),
+    def found(rung: str, of: str = "step.") -> dict | None:
+        return results.records.get(f"ladder.{rung}.{of}{slot}.kid_change")
+
+    if not names or not all(found(rung) for rung in rungs.values()):
+        return {}
+    sufficient = [told(fault) for fault in names if direction(*found(f"only_{fault}", "")["interval"]) == HIGHER]
+    most = min(rungs, key=lambda fault: found(rungs[fault])["value"])
+    lowers = direction(*found(rungs[most])["interval"]) == LOWER
+    return {"alone": "; ".join(told(fault, found(f"only_{fault}")) for fault in names),
             "sufficient": "; ".join(sufficient) or "none",
-            "carries": told(most, f"ladder.{rung}.step.{slot}.kid_change") if lowers else "none"}  # fmt: skip
+            "carries": told(most, found(rungs[most])) if lowers else "none"}  # fmt: skip
+
+
+def why(results: Results, spaces: dict[str, str]) -> list[str]:
+    """Why the study's ensemble failed, a paragraph for each feature space, slot -> its name; [] without a ladder."""
+    return [f"By KID x 1000 in {space}, the study's ensemble as it ran changes unguided sampling by "
+            f"{results.text(f'ladder.as_run.{slot}.kid_change')}, the correct ensemble by "
+            f"{results.text(f'ladder.correct.{slot}.kid_change')}. Added alone to that one, the faults change it by: "
+            f"{found['alone']}. Sufficient by themselves to make guidance worse than none: {found['sufficient']}. In "
+            f"the company of the others, the one whose mending lowers KID most: {found['carries']}."
+            for slot, space in spaces.items() if (found := causes(results, slot))]  # fmt: skip
 
 
 # --- printing

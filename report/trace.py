@@ -1,144 +1,18 @@
-"""Where a number comes from: its notebook, the artifacts behind it, and whether code and inputs are still those.
+"""`make trace`: where a number, figure or table of the report comes from, and whether code and inputs are still those.
 
-A results file holds the lineage of its records and a fingerprint of the code, so that provenance can be printed,
-and stale results noticed, in a fresh clone that has none of the artifacts. `python -m dgutils trace KEY` prints it
-(`describe`); the margin marks and the last appendix of the report say the same.
+The margin marks and the last appendix of the report say the same (`origin`).
 """
 
-import ast
 import difflib
-import hashlib
 import json
-from collections.abc import Iterable
+import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from dgutils.errors import UserError
-from dgutils.paths import figures_dir, repo_root, results_dir, runs_dir
-from dgutils.pipeline.store import KEPT, digest_of_file, read_kept, read_manifest
-
-PACKAGE = Path(__file__).resolve().parents[1]
-
-
-# --- the code
-
-
-def sections(notebook: str) -> list[tuple[str, str]]:
-    """(section, source) of each code cell of notebooks/<notebook>.ipynb, without the parameters; [] if it is gone."""
-    path, heading, found = repo_root() / "notebooks" / f"{notebook}.ipynb", notebook, []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            heading = next((line[3:] for line in reversed(source.splitlines()) if line.startswith("## ")), heading)
-        elif "parameters" not in cell["metadata"].get("tags", []):
-            found.append((heading, source))
-    return found
-
-
-def section_of(name: str, cells: list[tuple[str, str]]) -> str:
-    """The section of the first cell that holds this name as a string, where a figure or a table is made; or ''."""
-    return next((heading for heading, source in cells if f'"{name}"' in source), "")
-
-
-def digest_of_code(sources: Iterable[str]) -> str:
-    """A digest of program text that empty lines and comments on lines of their own do not change."""
-    lines = [line.rstrip() for source in sources for line in source.splitlines()]
-    text = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def constants(module: str) -> dict[str, Any]:
-    """The constants of dgutils/<module>.py that are written as literals, without importing it (torch takes seconds)."""
-    found = {}
-    for node in ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                found[node.targets[0].id] = ast.literal_eval(node.value)
-            except ValueError:
-                pass  # computed
-    return found
-
-
-def fingerprint(notebook: str) -> dict:
-    """The code that a notebook's results follow from: its cells, the rules of its statements, the steps' versions."""
-    gradients = constants("results/analysis")["GRADIENTS_VERSION"]
-    versions = constants("pipeline/jobs")["VERSIONS"] | {"gradients": gradients}
-    return {"notebook": digest_of_code(source for _, source in sections(notebook)),
-            "analysis": digest_of_code([(PACKAGE / "results" / "analysis.py").read_text(encoding="utf-8")]),
-            "versions": versions}  # fmt: skip
-
-
-# --- the artifacts
-
-
-def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
-    """All that these artifacts of a profile's store were made from, themselves included: digest -> entry.
-
-    An entry has step, version, label, seconds, created, device, revision, folder (below the store) and inputs
-    {name: digest}; that of a set of images also rows and first_seed. What no step made, a network or real images,
-    has a label and no step. What is not stored has the entry that is kept with its scores (`store.read_kept`), or none.
-    """
-    known = read_kept(results_dir(profile) / KEPT)["lineage"]
-    stored: dict[str, list[dict]] = {}  # an artifact's digest -> its manifest, or those of its shards in order
-    root = runs_dir(profile) / "store"
-    for path in sorted(root.glob("*/*/manifest.json")) + sorted(root.glob("*/*/shard_?????/manifest.json")):
-        if manifest := read_manifest(path.parent):
-            stored.setdefault(manifest["digest"], []).append(manifest)
-    found: dict[str, dict] = {}
-    wanted = dict.fromkeys(digests, "")  # digest -> what it is if no step made it
-    while wanted:
-        rows, inputs = _rows_of(wanted.keys() - stored.keys(), stored), {}
-        for digest, label in wanted.items():
-            whole, n = rows.get(digest, (digest, None))
-            if whole in stored:
-                found[digest] = _entry(stored[whole], n)
-                config = stored[whole][0]["identity"]["config"]
-                inputs |= {source: _source(role, source, config, stored)
-                           for role, source in found[digest]["inputs"].items()}
-            elif digest in known:
-                found[digest] = known[digest]
-                inputs |= dict.fromkeys(known[digest]["inputs"].values(), label)
-            elif label:
-                found[digest] = {"label": label, "inputs": {}}
-        wanted = {digest: label for digest, label in inputs.items() if digest not in found}
-    return found
-
-
-def _entry(manifests: list[dict], n: int | None = None) -> dict:
-    """The entry of one artifact, from its manifest; of a set's first n rows, from those of the shards they lie in."""
-    identity = manifests[0]["identity"]
-    used = manifests[: -(-n // identity["shards"]["size"])] if n else manifests
-    last = max(used, key=lambda manifest: manifest["created"])
-    rows = {"rows": n, "first_seed": identity["shards"]["first_seed"]} if n else {}
-    return rows | {name: last[name] for name in ("label", "created", "device", "revision")} | {
-        "step": identity["step"], "version": identity["version"], "inputs": identity["inputs"],
-        "folder": f"{identity['step']}/{last['digest'][:16]}",
-        "seconds": round(sum(manifest["seconds"] for manifest in used), 3)}  # fmt: skip
-
-
-def _rows_of(digests: set[str], stored: dict[str, list[dict]]) -> dict[str, tuple[str, int]]:
-    """Which of these digests stand for the first n rows of a set (ShardedSet.digest): digest -> (the set's, n)."""
-    found = {}
-    for whole, shards in stored.items():
-        size = shards[0]["identity"].get("shards", {}).get("size", 0)
-        for n in range(1, size * len(shards) + 1) if len(found) < len(digests) else ():
-            digest = hashlib.sha256(f'{{"n":{n},"set":"{whole}"}}'.encode()).hexdigest()
-            if digest in digests:
-                found[digest] = whole, n
-    return found
-
-
-def _source(role: str, digest: str, config: dict, stored: dict[str, list[dict]]) -> str:
-    """What an input is that no step made: the network or the images that the config names, else its role."""
-    if isinstance(config.get(role), str):
-        return config[role]
-    if role == "real":
-        return f"{config['dataset']}, training images"
-    labels = [manifests[0]["label"] for manifests in stored.values()
-              if manifests[0]["identity"]["inputs"].get("images") == digest]  # the features of them say so
-    return labels[0].rpartition(", ")[0] if labels else role
-
+from dgutils.paths import figures_dir, repo_root, runs_dir
+from dgutils.pipeline.store import digest_of_file
+from dgutils.results.provenance import PACKAGE, fingerprint
+from dgutils.results.records import load_results, setting_text
 
 # --- one key
 
@@ -168,7 +42,7 @@ class Origin:
     """What is known of how a result, a figure or a table was made; texts for people, '' where there is nothing.
 
     run: its notebook's provenance, None for a published number. direct: digests of the artifacts it was computed
-    from. made: their lineage (`lineage`).
+    from. made: their lineage (`provenance.lineage`).
     """
 
     kind: str
@@ -244,7 +118,7 @@ def revision(run: dict) -> str:
 
 
 def describe(results, key: str) -> str:
-    """What `python -m dgutils trace` prints of a key, down to the files of the store that this clone has."""
+    """What `make trace` prints of a key, down to the files of the store that this clone has."""
     about = origin(results, key)
     head = f"{about.name} = {results.text(about.name)}" if about.kind == "result" else f"{about.kind} {about.name}"
     run = about.run or {}
@@ -297,7 +171,7 @@ def _tree(results, digests: list[str]) -> list[str]:
 def stale(results) -> list[str]:
     """Why results are older than the code or the inputs that make them, a line each; [] if none is.
 
-    Each notebook's code, the rules of statements (analysis.py), the steps' numerical versions, networks and data
+    Each notebook's code, the rules of statements, the steps' numerical versions, networks and data
     sets; then notebooks against each other, recorded parameters against the profile's, and figures against those drawn.
     """
     lines, makers = [], {}
@@ -309,8 +183,8 @@ def stale(results) -> list[str]:
             continue
         if was["notebook"] != now["notebook"]:
             lines.append(f"{notebook}: the notebook's code has changed since")
-        if was["analysis"] != now["analysis"]:
-            lines.append(f"{notebook}: dgutils/results/analysis.py has changed since")
+        if was.get("statements") != now["statements"]:
+            lines.append(f"{notebook}: the rules of dgutils/results/statements.py and ledger.py have changed since")
         lines += [f"{notebook}: the numbers of step '{step}' have changed since, from version "
                   f"{was['versions'].get(step)} to {version}"
                   for step, version in now["versions"].items() if was["versions"].get(step) != version]
@@ -328,8 +202,7 @@ def stale(results) -> list[str]:
 
 def _changed_parameters(results) -> list[str]:
     """Recorded parameters that are not the profile's."""
-    from dgutils.pipeline.parameters import load  # late: it imports torch, which takes seconds
-    from dgutils.results.records import setting_text
+    from dgutils.pipeline.parameters import load  # late: it imports what takes seconds
 
     lines = []
     for name, value in load(results.profile):
@@ -349,3 +222,15 @@ def _changed_figures(results) -> list[str]:
             lines.append(f"{figure['notebook']}: figures/{results.profile}/{name}.pdf is "
                          + ("not the one drawn with its results" if path.is_file() else "gone"))
     return lines
+
+
+def main() -> int:
+    from report.build import Parser, script  # late: it imports this module
+
+    parser = Parser("trace", "where a number, figure or table of the report comes from")
+    parser.add_argument("key", help="as in \\res{key}; figure:NN_slug; table:name")
+    return script(parser, lambda args: print(describe(load_results(args.profile), args.key)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

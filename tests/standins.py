@@ -1,5 +1,7 @@
 """Random stand-ins for published weights, in the published formats and sizes: what a rehearsal runs on.
 
+    DGUTILS_WEIGHTS=FOLDER python tests/standins.py [PROFILE]
+
 They let everything but the numbers be tried without the network: EDM's pickles with their persistent objects,
 state dicts of torch.save, and the TorchScript Inception that clean-fid loads. A folder of them is marked, and
 `weights.fetch` keeps out of it.
@@ -8,6 +10,7 @@ state dicts of torch.save, and the TorchScript Inception that clean-fid loads. A
 import hashlib
 import os
 import pickle
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -136,3 +139,14 @@ def write_stand_ins(folder: Path | str, names, seed: int = 0) -> None:
             torch.manual_seed(int.from_bytes(key[:8]) >> 1)
             _write(entry, temporary)
         os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    from dgutils.pipeline.parameters import load
+
+    try:
+        write_stand_ins(weights.weights_dir(), weights.mentioned(load(*sys.argv[1:] or ["rehearsal"]).model_dump()))
+    except UserError as error:
+        print(f"standins: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{weights.weights_dir()}: random stand-ins for the published weights")

@@ -1,0 +1,201 @@
+"""Words follow intervals, sentences and claims follow words; gradients of linear members have known inner products."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dgutils.discriminator import Ensemble, raw_logits_as_probabilities
+from dgutils.errors import UserError
+from dgutils.metrics import Resampled
+from dgutils.pipeline.jobs import ImageSet, RealSet, Scores
+from dgutils.results import gradients
+from dgutils.results.ledger import Ledger, excess, mean_of, over_trainings
+from dgutils.results.statements import direction, summary, verdict
+
+
+@pytest.mark.parametrize("low, high, word, down, up", [
+    (-2.0, -1.0, "lower than", "same sign", "opposite"),
+    (1.0, 2.0, "higher than", "opposite", "same sign"),
+    (-1.0, 2.0, "not distinguishable from", "not distinguishable", "not distinguishable"),
+    (0.0, 2.0, "not distinguishable from", "not distinguishable", "not distinguishable")])  # fmt: skip
+def test_words_follow_the_interval(low, high, word, down, up):
+    assert direction(low, high) == word
+    assert verdict(-0.26, low, high) == down and verdict(12.0, low, high) == up
+
+
+@pytest.mark.parametrize("verdicts, word", [
+    (["same sign", "same sign"], "reproduced"), (["same sign", "not distinguishable"], "partly reproduced"),
+    (["same sign", "opposite"], "not reproduced"), (["not distinguishable"], "not reproduced"),
+    ([], "not testable at this scale")])  # fmt: skip
+def test_a_claim_gets_one_word(verdicts, word):
+    assert summary(verdicts) == word
+
+
+class Rows:
+    """A set of images that only has seeds."""
+
+    first_seed = 50
+
+
+def scores(label, fd, kid, n=20):
+    spread = np.linspace(-1, 1, 11)
+    manifold = {"precision": fd / 10, "recall": 0.5, "density": 1.0, "coverage": 0.25}
+    return Scores(ImageSet(label, n, Rows()), "space", f"digest-{label}", Resampled(fd, fd + spread),
+                  Resampled(kid, kid + spread * kid), manifold)  # fmt: skip
+
+
+PARAMETERS = SimpleNamespace(profile="quick", feature_spaces=["own"], num_reference=100, reference_split="test")
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """The ledger of a notebook whose arms are their scores."""
+    experiment = SimpleNamespace(parameters=PARAMETERS, scores=lambda arm, space, reference: arm)
+    return Ledger(experiment, "04_evaluation", tmp_path)
+
+
+def test_arms_are_compared_recorded_and_shown(ledger):
+    arms = {"unguided": scores("unguided sampling", 4.0, 0.002), "guided": scores("guidance", 3.0, 0.003)}
+    shown = ledger.compare(ledger.scores(arms), "unguided", "arm", "The arms", ["arms"], {"guided": "Guided"})
+    record = ledger.records["arm.guided.first.fd_change"]
+    assert record["value"] == -1 and np.abs(np.array(record["interval"]) + 1).max() < 1e-12  # equal draws cancel
+    assert record["n"] == 20 and record["seeds"] == {"first": 50, "count": 20} and record["cell"] == "The arms"
+    assert record["artifacts"] == ["digest-guidance", "digest-unguided sampling"]
+    assert ledger.records["arm.guided.first.kid"]["value"] == 3
+    assert abs(ledger.records["arm.guided.first.kid_change"]["value"] - 1) < 1e-12
+    assert ledger.records["arm.guided.first.precision"]["value"] == 0.3
+    (label, *cells), (other, *changed) = ledger.tables["arms"]["rows"]
+    assert (label, other) == ("Unguided sampling", "Guided")
+    assert cells[2:4] == [None, None] and changed[2] == "arm.guided.first.fd_change", "a baseline has no change"
+    assert "against 100 real test images" in shown.data and "| Guided " in shown.data
+    assert ledger.agreement("arm.guided") == "KID of guidance against unguided sampling: all feature spaces agree, " \
+        "**higher than**."
+    assert "**do not agree**" in ledger.agreement("arm.guided", ["fd", "kid"])
+    shown = ledger.show_by_space("changes", "Arm", {"arm.guided": "G"}, {"FD": "*.fd_change", "SD": "*.fd_sd"}, "")
+    assert "| G   | -1." in shown.data and ledger.tables["changes"]["rows"][0][2] is None
+    (sentence,) = ledger.sentences("arm.guided", "arm.unknown")
+    assert sentence.startswith("**own**: KID x 1000 of guidance is **higher than** that of unguided sampling (change ")
+    assert "; FD is **lower than** that of unguided sampling (change " in sentence
+    level = ledger.text("arm.unguided.first.kid")
+    assert ledger.told("from {arm.unguided.*.kid} on") == [f"**own**: from {level} on"]
+    assert ledger.intervals({"arm.guided": "G"}, ["fd"])["change of FD\n(own)"]["G"].value == -1
+
+
+def test_real_images_and_baselines_have_no_change(ledger):
+    real = scores("real", 1.0, 0.0)
+    real = replace(real, arm=RealSet("fashion_mnist", "test", 20))
+    ledger.compare({"floor": {"first": real}, "unguided": {"first": scores("u", 4.0, 0.002)}}, "unguided", "arm", "A",
+                   ["arms"])  # fmt: skip
+    assert not [key for key in ledger.records if key.endswith("_change")]
+    with pytest.raises(UserError, match="a paired comparison needs equal"):
+        ledger.change("x", {"first": scores("a", 3.0, 0.001, n=10)}, {"first": scores("b", 3.0, 0.001)}, "A")
+
+
+def test_changes_over_trainings(ledger):
+    arm = {"first": [scores(f"arm, training {i}", 3.0 + i, 0.001) for i in (1, 2, 3)]}
+    base = {"first": [scores(f"base, training {i}", 2.0, 0.002) for i in (1, 2, 3)]}
+    ledger.change("t", arm, base, "A", spread=True)
+    record = ledger.records["t.first.fd_change"]
+    assert record["value"] == 3 and abs(record["interval"][1] - (3 + 4.302653 / 3**0.5)) < 1e-5  # of 2, 3, 4
+    assert record["label"] == "FD of arm minus base, space, over 3 trainings"
+    assert ledger.records["t.first.fd_sd"]["value"] == 1
+    assert [ledger.records[f"t.first.kid_change.training{i}"]["value"] for i in (1, 2, 3)] == [-1, -1, -1]
+    ledger.change("one", {"first": arm["first"][:1]}, {"first": base["first"][:1]}, "A", spread=True)
+    assert "one.first.fd_sd" not in ledger.records and ledger.records["one.first.fd_change"]["value"] == 2
+
+
+def test_claims_test_themselves(ledger):
+    good, bad = {"first": scores("good", 3.0, 0.001)}, {"first": scores("bad", 3.0, 0.003)}
+    ledger.claim("dg", "guidance lowers FID", good, bad, "A", published_as=("dg.edm.fid", "dg.edmgpp.fid"))
+    ledger.claim("own", "ours is higher", good, bad, "A", sign=1)
+    ledger.claim("none", "of other data", None, None, "A", published_as=("dg.edm.nll", "dg.edmgpp.nll"))
+    assert [ledger.text(f"claim.{key}.summary") for key in ("dg", "own", "none")] == [
+        "reproduced", "not supported", "not testable at this scale"]
+    shown = ledger.claims_table("ledger", "Claims.").data
+    assert "| guidance lowers FID | 2.03 " in shown and len(ledger.tables["ledger"]["rows"]) == 3
+    lines = ledger.claim_sentences()
+    assert lines[0].startswith("guidance lowers FID (published 2.03 to 1.77): **reproduced**; own: same sign, KID x ")
+    assert lines[-1] == "1 claims are not testable at this scale: of other data."
+
+
+def test_excess_compares_guidance_of_unequal_steps():
+    plain, better = scores("unguided", 4.0, 0.002), scores("unguided, more steps", 3.0, 0.001)
+    one = excess({"first": scores("one", 3.0, 0.001)}, {"first": plain})["first"]
+    (other,) = excess({"first": [scores("other", 3.0, 0.001)]}, {"first": [better]})["first"]
+    assert (one.fd.value, one.kid.value, other.fd.value) == (-1, -0.001, 0)
+    assert one.digest == "digest-one+digest-unguided"
+    assert one.minus(other).value == -1 and abs(one.minus(other).low + 1) < 1e-12  # fd: equal draws cancel
+    same = excess({"first": scores("other", 5.0, 0.003)}, {"first": plain})["first"]  # of equal steps: the difference
+    direct = scores("one", 3.0, 0.001).minus(scores("other", 5.0, 0.003), "kid")
+    assert np.allclose([same.minus(one, "kid").value, one.minus(same, "kid").low], [0.002, direct.low])
+    with pytest.raises(UserError, match="a paired comparison needs equal"):
+        excess({"first": scores("one", 3.0, 0.001, n=10)}, {"first": plain})
+
+
+def test_mean_of_members():
+    mean = mean_of([{"first": scores("a", 2.0, 0.001)}, {"first": scores("b", 4.0, 0.003)}], "mean")["first"]
+    assert (mean.fd.value, mean.kid.value, mean.arm.label) == (3, 0.002, "mean")
+    assert abs(mean.manifold["precision"] - 0.3) < 1e-12 and mean.digest == "digest-a+digest-b"
+    interval = mean.minus(scores("c", 1.0, 0.002))
+    assert abs(interval.value - 2) < 1e-12 and interval.high - interval.low < 1e-12
+
+
+class Pass(torch.nn.Module):
+    """An extractor that leaves images alone."""
+
+    def features(self, x_vp, vp_time):
+        return x_vp
+
+
+class Linear(torch.nn.Module):
+    """The logit <w, x_vp>, whose gradient by x is w / sqrt(1 + sigma^2)."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(w, dtype=torch.float64))
+
+    def forward(self, features, vp_time, class_labels=None):
+        return features.flatten(1) @ self.w[:, None]
+
+
+def test_gram_of_linear_members():
+    w = np.array([[1.0, 0, 0, 0], [0, 2, 0, 0], [3, 4, 0, 0]])
+    images = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1), dtype=np.uint8)
+    found = gradients.gradient_gram(Ensemble(Pass(), [Linear(row) for row in w], "mean_logit"), images, [0.5, 2.0], 7)
+    assert found.logits.shape == (3, 2, 5)
+    for level, sigma in enumerate((0.5, 2.0)):
+        assert np.abs(found.gram[level] - w @ w.T / (1 + sigma**2)).max() < 1e-6
+        mean = w.mean(0) / np.sqrt(1 + sigma**2)
+        assert np.abs(found.mean_norm[level] - np.linalg.norm(mean)).max() < 1e-6
+    cosines = [[1, 0, 0.6], [0, 1, 0.8], [0.6, 0.8, 1]]
+    assert np.abs(found.cosines - cosines).max() < 1e-6
+    to_mean = w @ w.mean(0) / np.linalg.norm(w, axis=1) / np.linalg.norm(w.mean(0))
+    assert np.abs(found.to_mean - to_mean).max() < 1e-6
+
+
+def test_fault_gain_is_the_slope_of_the_faulty_rule():
+    logit = torch.tensor([-3.0, -1e-6, 1e-6, 1e-3, 0.5, 0.9, 1.5], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(raw_logits_as_probabilities(logit[None]).sum(), logit)
+    gain = gradients.fault_gain(logit.detach().numpy())
+    assert np.abs(gain / np.maximum(slope.numpy(), 1) - slope.numpy().clip(max=1)).max() < 1e-9
+    assert gain.tolist()[:3] == [0, 0, 0] and gain[4] == 4 and gain[6] == 0
+
+
+def test_over_trainings_is_students_interval():
+    """Of 1, 2, 3: mean 2, SD 1, and t(0.975; 2) = 4.302653 (any table of Student's distribution)."""
+    interval = over_trainings([1.0, 2.0, 3.0])
+    assert abs(interval.value - 2) < 1e-12 and abs(interval.high - (2 + 4.302653 / 3**0.5)) < 1e-5
+    assert abs(interval.low + interval.high - 4) < 1e-12
+    alone = over_trainings([5.0])
+    assert (alone.value, alone.low, alone.high) == (5, 5, 5)
+
+
+def test_a_course_finds_the_best_epoch(ledger):
+    history = [dict(epoch=e, val_loss=v, train_loss=t) for e, v, t in ((1, 0.7, 0.7), (2, 0.6, 0.6), (3, 0.9, 0.3))]
+    label, *keys = ledger.course("held_out.paper", "Paper", history, "A")
+    assert label == "Paper" and {key: ledger.records[key]["value"] for key in keys} == {
+        "held_out.paper.epochs": 3, "held_out.paper.best_epoch": 2, "held_out.paper.best_loss": 0.6,
+        "held_out.paper.last_loss": 0.9, "held_out.paper.last_train_loss": 0.3}  # fmt: skip
