@@ -13,8 +13,9 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.noise import keyed_rng
 from dgutils.paths import cache_dir, data_dir
 
@@ -31,11 +32,9 @@ _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 def _read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes (LeCun's MNIST format): 4-byte magic, one 4-byte size per axis, data."""
-    with gzip.open(path) as file:
-        data = file.read()
+    data = gzip.decompress(path.read_bytes())
     axes = data[3]
-    shape = np.frombuffer(data, ">i4", axes, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(np.frombuffer(data, ">i4", axes, offset=4))
 
 
 def _from_torchvision(cls: str, split: str):
@@ -46,11 +45,10 @@ def _from_torchvision(cls: str, split: str):
 
 
 def _fashion_mnist(split: str):
-    prefix = {"train": "train", "test": "t10k"}[split]
+    stem = {"train": "train", "test": "t10k"}[split]
     for folder in (data_dir() and data_dir() / "fashion-mnist", _DEBIAN):
         if folder and folder.is_dir():
-            images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
-            labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+            images, labels = (_read_idx(folder / f"{stem}-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
             break
     else:
         images, labels = _from_torchvision("FashionMNIST", split)
@@ -58,7 +56,7 @@ def _fashion_mnist(split: str):
 
 
 def _official_batch(data: bytes):
-    """Images and labels of one of CIFAR-10's official pickles. Nothing of it is run: its opcodes are looked through.
+    """Images and labels of one of CIFAR-10's official pickles, from its opcodes: nothing of it is run.
 
     They hold the text "labels" with a list of small integers after it, and 3072 bytes an image, colour by colour.
     """
@@ -94,9 +92,9 @@ def _cifar10(split: str):
     path = root and root / "cifar10" / f"{split}.npz"
     if path and path.is_file():
         with np.load(path, allow_pickle=False) as data:
-            if not {"images", "labels"} <= set(data.files):
-                raise UserError(f"{path} holds {', '.join(data.files) or 'nothing'}; wanted are the arrays images "
-                                "(uint8 [N, 32, 32, 3]) and labels (integers [N]), as numpy.savez names them")
+            require({"images", "labels"} <= set(data.files),
+                    f"{path} holds {', '.join(data.files) or 'nothing'}; wanted are the arrays images "
+                    "(uint8 [N, 32, 32, 3]) and labels (integers [N]), as numpy.savez names them")
             return data["images"], data["labels"]
     for folder in (root / "cifar10", root) if root else ():
         if found := _official_cifar10(folder, split):
@@ -119,8 +117,7 @@ def _canonical(images: np.ndarray, labels: np.ndarray):
     pairs = zip(images, labels.tolist(), strict=True)
     digests = [hashlib.sha256(bytes([label]) + image.tobytes()).digest() for image, label in pairs]
     order = sorted(range(len(images)), key=digests.__getitem__)
-    checksum = hashlib.sha256(b"".join(digests[i] for i in order)).hexdigest()
-    return images[order], labels[order], checksum
+    return images[order], labels[order], hashlib.sha256(b"".join(digests[i] for i in order)).hexdigest()
 
 
 @functools.cache
@@ -136,44 +133,37 @@ def load_dataset(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         raise
     except Exception as error:  # torchvision, gzip and numpy raise a dozen types; all mean: not readable
         raise UserError(f"cannot read {name} ({split}): {error}; {_REMEDIES[name]}") from error
-    if checksum != expected:
-        raise UserError(f"{name} ({split}) has checksum {checksum[:12]}, not the published images; {_REMEDIES[name]}")
+    require(checksum == expected,
+            f"{name} ({split}) has checksum {checksum[:12]}, not the published images; {_REMEDIES[name]}")
     images.flags.writeable = labels.flags.writeable = False
     return images, labels
 
 
 def dataset_digest(name: str, split: str) -> str:
     """The checksum that `load_dataset` enforces: the identity of these images in the store."""
-    if (name, split) not in CHECKSUMS:
-        raise UserError(f"no dataset '{name}' with split '{split}'; there are: {sorted(CHECKSUMS)}")
+    require((name, split) in CHECKSUMS, f"no dataset '{name}' with split '{split}'; there are: {sorted(CHECKSUMS)}")
     return CHECKSUMS[name, split]
 
 
 def split_indices(labels: np.ndarray, seed: int, held_out_every: int = 10) -> list[np.ndarray]:
     """Train, validation and test indices, stratified over `labels`, shuffled by `seed`; 10 gives 80/10/10.
 
-    Within each label the order is shuffled; of all images, label by label, the last two of every
-    `held_out_every` validate and test, so that sizes depend on the number of images alone and classes stay in
-    proportion. Raises UserError for held_out_every < 3.
+    Label by label, each in shuffled order, the last two of every `held_out_every` images validate and test: sizes
+    depend on the number of images alone, and classes stay in proportion. Raises UserError for held_out_every < 3.
     """
-    if held_out_every < 3:
-        raise UserError(f"held_out_every {held_out_every}: of at least 3 images, one trains, one validates, one tests")
-    shuffled = [
-        keyed_rng(seed, i).permutation(np.flatnonzero(labels == label)) for i, label in enumerate(np.unique(labels))
-    ]
+    require(held_out_every >= 3,
+            f"held_out_every {held_out_every}: of at least 3 images, one trains, one validates, one tests")
+    shuffled = [keyed_rng(seed, i).permutation(np.flatnonzero(labels == label))
+                for i, label in enumerate(np.unique(labels))]
     order, place = np.concatenate(shuffled), np.arange(len(labels)) % held_out_every - held_out_every  # -k ... -1
     return [np.sort(order[part]) for part in (place < -2, place == -2, place == -1)]
 
 
-def to_network(images: np.ndarray):
+def to_network(images: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, C] to float32 [N, C, H, W] in [-1, 1]."""
-    import torch
-
     return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C")).float() / 127.5 - 1
 
 
-def to_uint8(x) -> np.ndarray:
+def to_uint8(x: torch.Tensor) -> np.ndarray:
     """[N, C, H, W] in [-1, 1] to uint8 [N, H, W, C], as EDM does it: 127.5 x + 128, clipped, truncated."""
-    import torch
-
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

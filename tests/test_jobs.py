@@ -322,15 +322,15 @@ def test_numbers_change_only_with_their_version(store):
 
 
 def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypatch):
-    images, extract = jobs.generate(store, sampling(), 24, 100), jobs.metrics.extract
+    images, extract = jobs.generate(store, sampling(), 24, 100), jobs.extract
     bad = images.images[[10, 17]]
 
     def spoilt(pixels, encode, *arguments, **options):
         features = extract(pixels, encode, *arguments, **options)
         features[[any(np.array_equal(image, other) for other in bad) for image in pixels]] = np.nan
-        return jobs.metrics._checked(features)
+        return jobs.metrics.checked(features)
 
-    monkeypatch.setattr(jobs.metrics, "extract", spoilt)
+    monkeypatch.setattr(jobs, "extract", spoilt)
     monkeypatch.setattr(jobs, "FEATURE_SHARD", 8)
     with pytest.raises(UserError, match=r"images: the tiny features of 1 images are not finite, seeds \[110\]: look"):
         jobs.features(store, images, "tiny")

@@ -24,7 +24,7 @@ from dgutils.errors import UserError
 from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import EncoderUNet, init_head
-from dgutils.networks.features import image_features, metric_name
+from dgutils.networks.features import extract, image_features, metric_name
 from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from dgutils.paths import results_dir, runs_dir
 from dgutils.pipeline import ranks
@@ -629,7 +629,7 @@ def encode(images: np.ndarray, space: str) -> np.ndarray:
     """Features float32 [n, d] of images uint8 [n, H, W, C] in `space`; see `features`."""
     if space == "inception" or space.startswith("efficientnet"):
         return image_features(images, space, device=str(device()))
-    return metrics.extract(images, _extractor_features(space), 250, device=device())
+    return extract(images, _extractor_features(space), 250, device=device())
 
 
 def feature_rows(store: Store, images: ImageSet | RealSet, space: str) -> ShardedSet:
