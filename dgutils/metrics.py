@@ -4,78 +4,15 @@ Everything works on features, float arrays [N,d], with memory linear in N: momen
 in the features' own precision.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dgutils.errors import UserError
-
-LARGEST = 1e45  # of a feature: its sixth power, summed over pairs, is still a float64
-
-
-class NotFiniteRows(UserError):
-    """For who knows better what the rows are: their numbers are in `rows`."""
-
-    def __init__(self, rows: np.ndarray):
-        self.rows, some = rows.tolist(), ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
-        super().__init__(f"{len(rows)} feature rows are not finite (rows {some}): check those images")
-
-
-def as_array(given) -> np.ndarray:
-    """Numbers as an array: of an array, a tensor of any precision or device, with gradient or not, or a list."""
-    try:
-        if isinstance(given, (list, tuple)):
-            given = [as_array(item) if isinstance(item, torch.Tensor) else item for item in given]
-        if isinstance(given, torch.Tensor):
-            given = given.detach().cpu()
-            given = (given.double() if given.dtype == torch.bfloat16 else given).numpy()
-        x = np.asarray(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"not numbers ({error}): give an array, a tensor, or a list of equal shapes") from error
-    if x.dtype.kind not in "biuf":
-        raise UserError(f"an array of {x.dtype} is no array of real numbers: give an array, a tensor, or a list")
-    return x
-
-
-def checked(features, at_least: int = 1, like=None) -> np.ndarray:
-    """Features [N,d] in their own float32 or float64, all else as float64.
-
-    Raises UserError for what is no matrix, has too few rows, is not finite, too large or of another dimension.
-    """
-    x = as_array(features)
-    x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise UserError(f"features must be a matrix [N,d], got shape {x.shape}")
-    if len(x) < at_least:
-        raise UserError(f"need at least {at_least} feature rows, got {len(x)}: score more images")
-    if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
-        raise NotFiniteRows(bad)
-    if (largest := float(max(x.max(), -x.min()))) > LARGEST:
-        raise UserError(f"features as large as {largest:.3g}: scale them below {LARGEST:g}")
-    if like is not None:
-        _same_dim(like, x)
-    return x
-
-
-def _same_dim(a, b) -> None:
-    if a.shape[-1] != b.shape[-1]:
-        raise UserError(f"feature dimensions differ ({a.shape[-1]} and {b.shape[-1]}): use one feature space")
-
-
-def whole(least: int, **numbers) -> None:
-    """Raises UserError unless each is a whole number, at least `least`."""
-    for name, value in numbers.items():
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise UserError(f"{name} {value!r}: give a whole number, at least {least}")
-
-
-def blocks(x: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of x, at most `size` at once, each time with the number of the first."""
-    return ((start, x[start : start + size]) for start in range(0, len(x), size))
-
+from dgutils.arrays import as_array, as_features, blocks, same_dim, whole
+from dgutils.errors import UserError, require
 
 # ---- Fréchet distance ------------------------------------------------------------------
 
@@ -86,7 +23,7 @@ class FeatureStats:
     def __init__(self, features=None):
         self.n, self.mean, self.scatter = 0, None, None
         if features is not None:
-            x = checked(features)
+            x = as_features(features)
             self.n, self.mean = len(x), x.mean(axis=0, dtype=np.float64)  # [d]
             self.scatter = np.zeros((x.shape[1], x.shape[1]))
             for _, rows in blocks(x, 4096):
@@ -99,7 +36,7 @@ class FeatureStats:
         sum_over_processes adds up a float64 tensor in place, as torch.distributed.all_reduce does.
         """
         mean = np.zeros(dim) if self.mean is None else self.mean
-        _same_dim(np.empty(dim), mean)
+        same_dim(np.empty(dim), mean)
         sums, pooled = torch.from_numpy(np.append(self.n * mean, self.n)), FeatureStats()
         sum_over_processes(sums)
         pooled.n = round(sums[-1].item())
@@ -113,8 +50,7 @@ class FeatureStats:
     @property
     def cov(self) -> np.ndarray:
         """Unbiased covariance [d,d]."""
-        if self.n < 2:
-            raise UserError(f"a covariance needs at least 2 images, got {self.n}")
+        require(self.n >= 2, f"a covariance needs at least 2 images, got {self.n}")
         return self.scatter / (self.n - 1)
 
 
@@ -130,8 +66,8 @@ def _sum_sqrt(eigenvalues: np.ndarray) -> float:
 class FrechetReference:
     """The reference side of many Fréchet distances, factored once: C_ref = R R^T, R [d,r], r = rank(C_ref).
 
-    Heusel et al. 2017, eq. 6: |m - m_ref|^2 + tr C + tr C_ref - 2 tr sqrt(C_ref C), where C_ref C and the symmetric
-    r x r matrix R^T C R share their non-zero eigenvalues. As a callable it is `distance`, for `resample`.
+    |m - m_ref|^2 + tr C + tr C_ref - 2 tr sqrt(C_ref C) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6); C_ref C and
+    the symmetric R^T C R [r,r] share their non-zero eigenvalues. As a callable it is `distance`, for `resample`.
 
     Biased upward at small n, and not alike for all sets: 1000 real CIFAR-10 images, their features (d = 1280)
     pulled 10 % towards their mean, score *better* than untouched. Read it beside the unbiased `kid`.
@@ -151,7 +87,7 @@ class FrechetReference:
     def distance(self, features_or_stats) -> float:
         """Squared Fréchet distance to the reference, in squared feature units."""
         stats = self._stats(features_or_stats)
-        _same_dim(self.mean, stats.mean)
+        same_dim(self.mean, stats.mean)
         cov, delta = stats.cov, stats.mean - self.mean
         cross = _sum_sqrt(np.linalg.eigvalsh(self.root.T @ cov @ self.root))
         return float(delta @ delta + np.trace(cov) + self.trace - 2 * cross)
@@ -164,10 +100,10 @@ class FrechetReference:
         Linear is the sum of the rows' influences, where an exact resample takes seconds (d = 2048). On toys of 32 and
         128 dimensions with 20 and 40 rows each, its spread was 0.85 to 0.96 of the exact, 0.95 to 1.4 of the true one.
         """
-        x, indices = checked(features, at_least=2, like=self.mean), as_array(indices)
-        if indices.ndim != 2 or indices.dtype.kind not in "iu" or not indices.size or not (
-                0 <= indices.min() <= indices.max() < len(x)):  # fmt: skip
-            raise UserError(f"resamples are rows [R,n] of numbers from 0 to {len(x) - 1}, got shape {indices.shape}")
+        x, indices = as_features(features, at_least=2, like=self.mean), as_array(indices)
+        require(indices.ndim == 2 and indices.dtype.kind in "iu" and indices.size and
+                0 <= indices.min() <= indices.max() < len(x),
+                f"resamples are rows [R,n] of numbers from 0 to {len(x) - 1}, got shape {indices.shape}")
         return self._linear_distances(x, indices) if len(x) >= 20 * x.shape[1] else self._exact_distances(x, indices)
 
     # A resample weights its u distinct rows (about 63 % of n), projected by R once for all; the eigenvalues come from
@@ -290,7 +226,7 @@ class PairReference:
     def __init__(self, features, k_pr: int = 3, k_dc: int = 5, block: int = 1024, device="cpu"):
         whole(1, k_pr=k_pr, k_dc=k_dc, block=block)
         self.k_pr, self.k_dc, self.block = k_pr, k_dc, block
-        real = checked(features, at_least=max(k_pr, k_dc) + 1)
+        real = as_features(features, at_least=max(k_pr, k_dc) + 1)
         centre = torch.from_numpy(real.mean(axis=0, dtype=np.float64).astype(real.dtype)).to(device)
         self.rows = _Rows(real, centre, block)
         total, _, self.nearest = _within(self.rows, max(k_pr, k_dc), centre.new_empty(len(real), 0))
@@ -312,7 +248,7 @@ class PairReference:
         number of real balls around a fake, over k_dc; coverage: share of real balls that hold a fake.
         """
         whole(0, n_resamples=n_resamples, seed=seed)
-        real, given = self.rows, checked(features, at_least=self.k_pr + 1, like=self.rows.centre)
+        real, given = self.rows, as_features(features, at_least=self.k_pr + 1, like=self.rows.centre)
         fake = _Rows(given.astype(real.dtype, copy=False), real.centre, self.block)
         n, m, device = len(real.x), len(fake.x), real.centre.device
         counts = np.empty((n_resamples, m), real.dtype)
@@ -374,17 +310,15 @@ class Resampled:
     # difference in 96 to 100 % of trials; where n < d, percentile and basic intervals fell as low as 0 %.
     def interval(self, level: float = 0.95) -> Interval:
         """Interval for the statistic's expectation at this n."""
-        if not 0 < level < 1:
-            raise UserError(f"level {level}: a confidence level lies between 0 and 1")
-        if not len(self.draws):
-            raise UserError("an interval needs resamples: ask for some")
+        require(0 < level < 1, f"level {level}: a confidence level lies between 0 and 1")
+        require(len(self.draws), "an interval needs resamples: ask for some")
         low, high = np.quantile(self.draws - self.draws.mean(), [(1 - level) / 2, (1 + level) / 2])
         return Interval(self.value, float(self.value - high), float(self.value - low), level, len(self.draws))
 
     def minus(self, other: "Resampled", level: float = 0.95) -> Interval:
         """Interval of the difference between two arms whose rows are of the same seeds: what they share cancels."""
-        if len(self.draws) != len(other.draws):
-            raise UserError(f"a paired bootstrap needs equal resamples, got {len(self.draws)}, {len(other.draws)}")
+        r, others = len(self.draws), len(other.draws)
+        require(r == others, f"a paired bootstrap needs equal resamples, got {r}, {others}")
         return Resampled(self.value - other.value, self.draws - other.draws).interval(level)
 
 
@@ -398,8 +332,7 @@ def resample(statistic: Callable, arm, n_resamples: int, seed: int) -> Resampled
     A FrechetReference as the statistic takes its fast path; for KID see `PairReference.compare`.
     """
     arm = as_array(arm)
-    if arm.ndim < 1 or len(arm) < 2:
-        raise UserError(f"a bootstrap needs at least 2 images, got shape {arm.shape}")
+    require(arm.ndim and len(arm) >= 2, f"a bootstrap needs at least 2 images, got shape {arm.shape}")
     whole(1, n_resamples=n_resamples)
     whole(0, seed=seed)
     indices = _resample_indices(len(arm), n_resamples, seed)
@@ -420,10 +353,10 @@ def bootstrap(statistic: Callable, arm, n_resamples: int, seed: int, level: floa
 
 def _logits_labels(logits, labels) -> tuple[np.ndarray, np.ndarray]:
     logits, labels = (as_array(given).astype(np.float64) for given in (logits, labels))
-    if logits.shape != labels.shape or logits.ndim != 1 or not len(logits):
-        raise UserError(f"need a logit and a label per image, got shapes {logits.shape} and {labels.shape}")
-    if not np.isfinite(logits).all() or not np.isin(labels, (0, 1)).all():
-        raise UserError("logits must be finite and labels 0 (fake) or 1 (real)")
+    require(logits.shape == labels.shape and logits.ndim == 1 and len(logits),
+            f"need a logit and a label per image, got shapes {logits.shape} and {labels.shape}")
+    require(np.isfinite(logits).all() and np.isin(labels, (0, 1)).all(),
+            "logits must be finite and labels 0 (fake) or 1 (real)")
     return logits, labels
 
 

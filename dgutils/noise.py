@@ -19,10 +19,7 @@ TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5
 
 
 def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
-    """Noise levels of the sampler, EDM eq. 5: `num_steps` decreasing values, then 0. Float64 [num_steps + 1].
-
-    Raises UserError unless num_steps >= 2, 0 < sigma_min < sigma_max < infinity and rho > 0.
-    """
+    """Noise levels of the sampler, EDM eq. 5: `num_steps` >= 2 decreasing values, then 0. Float64 [num_steps + 1]."""
     require(num_steps >= 2 and 0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf,
             f"karras_sigmas: num_steps={num_steps}, sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: "
             "needs num_steps >= 2, finite 0 < sigma_min < sigma_max and rho > 0")
@@ -47,10 +44,7 @@ def vp_time_to_sigma(vp_time: torch.Tensor) -> torch.Tensor:
 
 
 def vp_sigmas(num_steps: int) -> torch.Tensor:
-    """Noise levels at the VP times 1, 1 - 1/N, ..., 1/N, then 0: DDPM's steps. Float64 [num_steps + 1].
-
-    Raises UserError unless num_steps >= 1.
-    """
+    """Noise levels at the VP times 1, 1 - 1/N, ..., 1/N, then 0: DDPM's N >= 1 steps. Float64 [num_steps + 1]."""
     require(num_steps >= 1, f"vp_sigmas: num_steps={num_steps}: needs at least 1")
     return vp_time_to_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64))
 
@@ -73,8 +67,8 @@ def vp_scale(sigma: torch.Tensor) -> torch.Tensor:
 def sample_vp_time(u: torch.Tensor, t_min: float = 1e-5) -> torch.Tensor:
     """Diffusion times for training a discriminator, by inverse CDF of uniforms `u` in [0, 1).
 
-    DG draws tau on [t_min, 1] with density proportional to g^2 / sigma_VP^2. With the antiderivative
-    log(expm1(B(t))) of that density, B the integral of beta, this is log-uniform in sigma.
+    DG draws tau on [t_min, 1] with density proportional to g^2 / sigma_VP^2, whose antiderivative is
+    log(expm1(B(t))), B the integral of beta: this is log-uniform in sigma.
     """
     low, high = vp_time_to_sigma(torch.tensor([t_min, 1.0], dtype=torch.float64)).log()
     return sigma_to_vp_time((low + u.double() * (high - low)).exp())

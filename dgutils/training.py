@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class TrainingSettings:
     """How discriminators are trained, apart from the data and the networks.
 
     members: all train side by side, and each leaves when its epochs are done.
-    seed: with the epoch it fixes the order of the images and their noise, and alone the noise of validation.
+    seed: with the epoch it fixes the images' order and noise, and alone the noise of validation.
     precision: "float32" or "bfloat16". clock: a name of CLOCKS, how extractor and heads read the VP time.
     sequential: the study's fault, one network carried through all members' settings in turn (a fresh optimiser each).
     resampling: a name of RESAMPLINGS. kept: (member, epoch) pairs whose weights are kept.
@@ -68,20 +69,11 @@ class Callbacks:
     resume: tuple[dict, dict] | None = None
 
 
-class OneProcess:
-    """What a training asks of the ranks that share it, answered for one process."""
+QUIET = Callbacks()
 
-    world = 1  # how many there are
-
-    def slice(self, n: int) -> slice:
-        """This rank's part of n things; the ranks' parts follow each other."""
-        return slice(n)
-
-    def sum(self, *tensors) -> None:
-        """Replace each tensor by its sum over all ranks, the same bits on all."""
-
-
-QUIET, ONE_PROCESS = Callbacks(), OneProcess()
+# What a training asks of the ranks that share it, answered for one process: how many they are, this one's part of n
+# things (the parts follow each other), and to replace each tensor by its sum over all ranks, the same bits on all.
+ONE_PROCESS = SimpleNamespace(world=1, slice=slice, sum=lambda *tensors: None)
 
 
 def _check(splits: list[Split], settings: TrainingSettings) -> None:
@@ -122,8 +114,8 @@ class Trainee:
     def __init__(self, config, head, times, keep):
         self.config, self.head, self.times, self.history, self.best_state = config, head, times, [], {}
         self.kept = {f"epoch{epoch}": {} for epoch in keep}
-        self.optimizer = torch.optim.Adam(
-            head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.Adam(head.parameters(), config.learning_rate, weight_decay=config.weight_decay,
+                                          fused=True)
 
     @property
     def last_state(self):
@@ -312,9 +304,8 @@ def _snapshot(trainees, passes_done: int) -> tuple[dict, dict]:
     return tensors, {"rounds_done": passes_done, "histories": [list(trainee.history) for trainee in trainees]}
 
 
-def _restore(trainees, snapshot) -> int:
+def _restore(trainees, tensors, info) -> int:
     """Put the trainees where they were, and return how many passes are done."""
-    tensors, info = snapshot
     for m, trainee in enumerate(trainees):
         own = {key.removeprefix(f"{m}."): value for key, value in tensors.items() if key.startswith(f"{m}.")}
         trainee.load(own, list(info["histories"][m]))
@@ -326,7 +317,7 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
                          ranks=ONE_PROCESS) -> list[Trainee]:  # fmt: skip
     """Train independent heads on a frozen extractor's features of noised images, real against generated.
 
-    make_head(m): a fresh head of member m. ranks: as `OneProcess`; all call this alike.
+    make_head(m): a fresh head of member m. ranks: as `ONE_PROCESS`; all call this alike.
     Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, unusable settings.
     """
     _check([learn, validate], settings)
@@ -336,7 +327,7 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
     times = RESAMPLINGS[settings.resampling](np.asarray(learn.labels), len(settings.members), settings.seed)
     trainees = [Trainee(config, make_head(m).to(device), times[m], [epoch for k, epoch in settings.kept if k == m])
                 for m, config in enumerate(settings.members)]  # fmt: skip
-    done = _restore(trainees, callbacks.resume) if callbacks.resume else 0
+    done = _restore(trainees, *callbacks.resume) if callbacks.resume else 0
     with _side_by_side(device) as each:
         losses = partial(part_losses, extractor, settings, each)
         for number, (epoch, active) in list(enumerate(_passes(settings)))[done:]:

@@ -136,7 +136,7 @@ ROOMS = ("ground", "method", "networks", "pipeline", "results", "cli")
 def room_of(module: str) -> str:
     """The room of dgutils.x or dgutils.room.x."""
     parts = module.split(".")
-    return parts[1] if parts[1] in ROOMS else "ground" if parts[1:] in (["errors"], ["paths"]) else "method"
+    return parts[1] if parts[1] in ROOMS else "ground" if parts[1:] in (["errors"], ["paths"], ["arrays"]) else "method"
 
 
 def imported(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dgutils.arrays import as_features
 from dgutils.discriminator import MemberConfig
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints
@@ -328,7 +329,7 @@ def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypat
     def spoilt(pixels, encode, *arguments, **options):
         features = extract(pixels, encode, *arguments, **options)
         features[[any(np.array_equal(image, other) for other in bad) for image in pixels]] = np.nan
-        return jobs.metrics.checked(features)
+        return as_features(features)
 
     monkeypatch.setattr(jobs, "extract", spoilt)
     monkeypatch.setattr(jobs, "FEATURE_SHARD", 8)

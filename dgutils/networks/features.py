@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgutils.errors import UserError
-from dgutils.metrics import as_array, blocks, checked, whole
+from dgutils.arrays import as_array, as_features, blocks, whole
+from dgutils.errors import UserError, require
 from dgutils.networks import weights
 
 DEFAULT_SPACE = "efficientnet-lite0@128"
@@ -25,9 +25,9 @@ def as_images(images, channels=()) -> np.ndarray:
     channels: the numbers of channels that will do; none: any.
     """
     x = as_array(images)
-    if x.dtype != np.uint8 or x.ndim != 4 or not x.size or (channels and x.shape[3] not in channels):
-        which = f" and {' or '.join(map(str, channels))} channels" if channels else ""
-        raise UserError(f"images must be uint8 [N,H,W,C] with N > 0{which}, got {x.dtype} {x.shape}")
+    which = f" and {' or '.join(map(str, channels))} channels" if channels else ""
+    require(x.dtype == np.uint8 and x.ndim == 4 and x.size and (not channels or x.shape[3] in channels),
+            f"images must be uint8 [N,H,W,C] with N > 0{which}, got {x.dtype} {x.shape}")
     return x
 
 
@@ -39,10 +39,10 @@ def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu")
         for _, batch in blocks(images, batch_size):
             x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2)
             encoded = as_array(encode(x.float() / 127.5 - 1))
-            if encoded.shape[:1] != (len(batch),) or encoded.ndim != 2:
-                raise UserError(f"encode made {encoded.shape} of {len(batch)} images, not [{len(batch)},d]")
+            require(encoded.ndim == 2 and len(encoded) == len(batch),
+                    f"encode made {encoded.shape} of {len(batch)} images, not [{len(batch)},d]")
             features.append(encoded.astype(np.float32))
-    return checked(np.concatenate(features))
+    return as_features(np.concatenate(features))
 
 
 def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
