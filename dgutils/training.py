@@ -22,8 +22,6 @@ from dgutils.errors import require
 from dgutils.noise import TRAINING, VALIDATION, keyed_rng, sample_vp_time
 from dgutils.sampler import autocast
 
-# ---- what a training is given, and what it returns ---------------------------------------
-
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -145,8 +143,8 @@ class Trainee:
 
     def record(self, epoch: int, train, validation) -> None:
         """Add a row to the history, of (loss, accuracy) pairs; keep weights that are the best yet, or asked for."""
-        row = {"epoch": epoch, "train_loss": train[0], "train_accuracy": train[1],
-               "val_loss": validation[0], "val_accuracy": validation[1]}  # fmt: skip
+        names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+        row = dict(zip(names, (epoch, *train, *validation), strict=True))
         if row["val_loss"] < min((r["val_loss"] for r in self.history), default=math.inf):
             self.best_state = self.last_state
         if f"epoch{epoch}" in self.kept:
@@ -185,7 +183,7 @@ def noised_batches(split: Split, order, trainees, rng, settings: TrainingSetting
     """Batches of split.images, noised at times of the training density on [t_min, 1]. All ranks draw the same.
 
     t_min is the trainees' least min_time; the times above another's have exactly the density of its own interval.
-    order: of the images, for training, which leaves out an incomplete last batch; None: validation, on all as they come
+    order: of the images, for training, without an incomplete last batch; None: validation, on all as they come.
     """
     learn, size = order is not None, settings.batch_size
     order = order if learn else np.arange(len(split.images))
@@ -199,28 +197,24 @@ def noised_batches(split: Split, order, trainees, rng, settings: TrainingSetting
         yield Batch(x_vp, label, vp_time, time, rows if learn else None)
 
 
-def head_loss(head, features, time, label, precision: str):
-    """Binary cross-entropy of a head on features of noised images, summed, in nats; and how many it got right.
-
-    Kim et al. 2023, eq. 6 (report, eq:loss), whose weight by noise level lies in the density of the times.
-    """
-    with autocast(features.device, precision):
-        logit = head(features, time)[:, 0].float()
-        loss = F.binary_cross_entropy_with_logits(logit, label, reduction="sum")
-    return loss, ((logit > 0) == (label > 0.5)).sum()
-
-
 def _member_on_part(batch, part, features, precision, trainee, total):
-    """One member on the places `part` [n] of a batch, with features [n, F, h, w]; else as `part_losses`."""
+    """One member on the places `part` [n] of a batch, with features [n, F, h, w]; else as `part_losses`.
+
+    Binary cross-entropy in nats: Kim et al. 2023, eq. 6 (report, eq:loss), whose weight by noise level lies in the
+    density of the times.
+    """
     seen = batch.seen_by(trainee)
     which = torch.arange(len(part)).repeat_interleave(seen[part]).to(features.device)
     if len(which) == 0:
         return
     rows = features.permute(0, 2, 3, 1)[which].permute(0, 3, 1, 2)  # an index alone would forget the fast memory layout
-    with torch.set_grad_enabled(batch.rows is not None):  # a thread has its own
-        loss, hits = head_loss(trainee.head, rows, batch.time[part][which], batch.label[part][which], precision)
+    label = batch.label[part][which]
+    with torch.set_grad_enabled(batch.rows is not None), autocast(features.device, precision):  # a thread has its own
+        logit = trainee.head(rows, batch.time[part][which])[:, 0].float()
+        loss = F.binary_cross_entropy_with_logits(logit, label, reduction="sum")
     if loss.requires_grad:
         (loss / seen.sum()).backward()
+    hits = ((logit > 0) == (label > 0.5)).sum()
     total += torch.stack([loss.detach(), hits, hits.new_tensor(len(which))])
 
 
