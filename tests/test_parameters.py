@@ -3,12 +3,16 @@
 import re
 
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dgutils.errors import UserError
+from dgutils.paths import repo_root
 from dgutils.pipeline import parameters
-from dgutils.pipeline.parameters import Parameters, load, load_profile, parse_overrides
+from dgutils.pipeline.parameters import Parameters, load, parse_overrides
+
+PROFILES = sorted((repo_root() / "notebooks" / "profiles").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -31,13 +35,12 @@ def refused(message, call, *arguments):
     assert re.search(message, str(error.value)) and "\n" not in str(error.value), error.value
 
 
-@pytest.mark.parametrize("name", ["quick", "smoke", "cifar10", "paper", "study", "rehearsal"])
-def test_profiles_say_only_what_differs(name):
-    said, base = load_profile(name), {"study": "paper", "rehearsal": "paper"}.get(name)
-    under = (load(base) if base else Parameters()).model_dump()
-    own = {key: value for key, value in said.items() if base is None or load_profile(base).get(key) != value}
-    assert not [key for key, value in own.items() if key != "profile" and under[key] == value]
-    assert load(name).profile == name
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_profiles_say_only_what_differs(path):
+    own = yaml.safe_load(path.read_text()) or {}
+    under = load(base).model_dump() if (base := own.pop("base", None)) else Parameters().model_dump()
+    assert not [name for name, value in own.items() if under[name] == value]
+    assert load(path.stem).profile == path.stem
 
 
 def test_defaults_are_the_quick_profile_and_all_are_explained():

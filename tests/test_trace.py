@@ -28,7 +28,7 @@ def clone(tmp_path, monkeypatch):
     images = images.shards(20, 7)  # 40 rows lie in two of the three
     images.ensure(60, lambda seeds: {"images": np.zeros((len(seeds), 2))}, progress=False)
     scores = store.artifact("evaluate", 2, {}, {"arm": images.digest(40)}, "scores")
-    scores.compute(lambda folder: (folder / "scores.txt").write_text("1") and None)
+    scores.ensure(lambda folder: (folder / "scores.txt").write_text("1") and None)
     figures_dir("smoke").mkdir(parents=True)
     (figures_dir("smoke") / "04_arms.pdf").write_bytes(b"a figure")
     recorder = Recorder("smoke", NOTEBOOK)
@@ -85,7 +85,7 @@ def test_figures_tables_and_published_numbers_are_followed(clone):
 def test_fresh_results_and_new_comments_are_not_stale(clone):
     assert found() == []
     path = clone / f"notebooks/{NOTEBOOK}.ipynb"
-    path.write_text(path.read_text().replace('"arms = study', '"# a remark\\n\\n",\n    "arms = study'))
+    path.write_text(path.read_text().replace('"arms = {', '"# a remark\\n\\n",\n    "arms = {'))
     assert json.loads(path.read_text()) and found() == []
 
 

@@ -85,11 +85,6 @@ def digest_of_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of_array(array: np.ndarray) -> str:
-    """SHA-256 (hex) of an array's dtype, shape and C-ordered elements."""
-    return hashlib.sha256(f"{array.dtype.str}{array.shape}".encode() + array.tobytes()).hexdigest()
-
-
 # --- writing
 
 
@@ -148,7 +143,7 @@ def lock(path: Path, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
     holder, and that others on the same machine remove once the holder is dead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path)
+    held = FileLock(path, fallback_to_soft=False)
     try:
         free = _try(held)
     except OSError as error:
