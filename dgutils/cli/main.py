@@ -34,12 +34,9 @@ def _minutes(context, parameter, value):
     return value
 
 
-def _name(context, parameter, profile):
-    return profile if profile is None else runs_dir(profile).name  # refuses what is no name, before all else
-
-
-def _profile(default, text="notebooks/profiles/PROFILE.yaml"):
-    return click.option("--profile", default=default, show_default=True, callback=_name, help=text)
+def _profile(default):
+    return click.option("--profile", default=default, show_default=True, help="notebooks/profiles/PROFILE.yaml",
+                        callback=lambda context, parameter, name: runs_dir(name).name)  # refuses what is no name
 
 
 SET = click.option("--set", multiple=True, metavar="NAME=VALUE ...", help="Change a parameter.")
