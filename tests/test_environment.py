@@ -130,13 +130,14 @@ def test_missing_data_package_is_no_failure(bare_machine):
         assert result.returncode == 0 and "apt-get install dataset-fashion-mnist" in result.stderr
 
 
+GROUND = ("errors", "paths", "arrays", "sources")
 ROOMS = ("ground", "method", "networks", "pipeline", "results", "cli")
 
 
 def room_of(module: str) -> str:
     """The room of dgutils.x or dgutils.room.x."""
     parts = module.split(".")
-    return parts[1] if parts[1] in ROOMS else "ground" if parts[1:] in (["errors"], ["paths"]) else "method"
+    return parts[1] if parts[1] in ROOMS else "ground" if parts[1] in GROUND else "method"
 
 
 def imported(path: Path) -> set[str]:

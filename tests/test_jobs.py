@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dgutils.arrays import as_features
 from dgutils.discriminator import MemberConfig
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints
@@ -322,15 +323,15 @@ def test_numbers_change_only_with_their_version(store):
 
 
 def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypatch):
-    images, extract = jobs.generate(store, sampling(), 24, 100), jobs.metrics.extract
+    images, extract = jobs.generate(store, sampling(), 24, 100), jobs.extract
     bad = images.images[[10, 17]]
 
     def spoilt(pixels, encode, *arguments, **options):
         features = extract(pixels, encode, *arguments, **options)
         features[[any(np.array_equal(image, other) for other in bad) for image in pixels]] = np.nan
-        return jobs.metrics._checked(features)
+        return as_features(features)
 
-    monkeypatch.setattr(jobs.metrics, "extract", spoilt)
+    monkeypatch.setattr(jobs, "extract", spoilt)
     monkeypatch.setattr(jobs, "FEATURE_SHARD", 8)
     with pytest.raises(UserError, match=r"images: the tiny features of 1 images are not finite, seeds \[110\]: look"):
         jobs.features(store, images, "tiny")

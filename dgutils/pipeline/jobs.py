@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 
 from dgutils import datasets, metrics
+from dgutils.arrays import NotFiniteRows
 from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits
 from dgutils.errors import UserError
 from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import EncoderUNet, init_head
-from dgutils.networks.features import image_features, metric_name
+from dgutils.networks.features import extract, image_features, metric_name
 from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from dgutils.paths import results_dir, runs_dir
 from dgutils.pipeline import ranks
@@ -629,7 +630,7 @@ def encode(images: np.ndarray, space: str) -> np.ndarray:
     """Features float32 [n, d] of images uint8 [n, H, W, C] in `space`; see `features`."""
     if space == "inception" or space.startswith("efficientnet"):
         return image_features(images, space, device=str(device()))
-    return metrics.extract(images, _extractor_features(space), 250, device=device())
+    return extract(images, _extractor_features(space), 250, device=device())
 
 
 def feature_rows(store: Store, images: ImageSet | RealSet, space: str) -> ShardedSet:
@@ -652,7 +653,7 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
     def compute_shard(rows):
         try:
             values = encode(source.images[rows.start : rows.stop], space)
-        except metrics.NotFiniteRows as error:  # it counts from the shard's first
+        except NotFiniteRows as error:  # it counts from the shard's first
             numbers = [rows.start + row for row in error.rows[:8]]
             which = f"seeds {[images.seeds[i] for i in numbers]}" if images.seeds else f"images {numbers}"
             raise UserError(f"{images.label}: the {space} features of {len(error.rows)} images are not finite, "
