@@ -11,7 +11,6 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -81,20 +80,20 @@ def errors_by_steps(ax, num_steps, errors: dict, ylabel: str) -> None:
     ax.legend()
 
 
-def mosaic(ax, images, columns: int, gap: int = 1, rows: list[str] | None = None) -> None:
-    """Draw images row by row on `ax`, `columns` a row, with a white gap between them; rows: their names."""
+def mosaic(ax, images, columns: int, rows: list[str] | None = None, heads: list[str] | None = None) -> None:
+    """Draw images row by row on `ax`, `columns` a row, one white pixel apart; rows, heads: names of rows and columns.
+    """
     n, height, width, channels = images.shape
     down = -(-n // columns)
-    canvas = np.full((down * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    canvas = np.full((down * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         canvas[top : top + height, left : left + width] = image
     ax.imshow(canvas.squeeze(-1) if channels == 1 else canvas, vmin=0, vmax=255, interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
+    ax.set_xticks(np.arange(len(heads or ())) * (width + 1) + width / 2, heads)
+    ax.set_yticks(np.arange(len(rows or ())) * (height + 1) + height / 2, rows)
+    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    if rows:
-        ax.set_yticks(np.arange(len(rows)) * (height + gap) + height / 2, rows)
-        ax.tick_params(length=0)
 
 
 def dot(ax, x, y, interval, index, horizontal=True, filled=True) -> None:
@@ -159,24 +158,7 @@ def sampler_axis(ax, sigmas, window, **settings) -> None:
     ax.set(**SIGMA, xlim=(max(sigmas) * 1.6, min(sigmas) / 1.6), **settings)
 
 
-# --- 01 to 03: fake samples, discriminator training, guided sampling
-
-
-@look()
-def schedule(sigmas, vp_times, guided, num_steps, errors) -> Figure:
-    """The schedule by step, sigmas and vp_times [S], guided bool [S]; and Heun's error by number of steps."""
-    fig, (left, middle, right) = panels(1, 3, 1.9)
-    steps = np.arange(len(sigmas))
-    for ax, values, name in ((left, sigmas, r"noise level $\sigma$"), (middle, vp_times, r"VP time $\tau$")):
-        shade = ax.axvspan(steps[guided].min() - 0.5, steps[guided].max() + 0.5, color="0.88", lw=0)
-        curves(ax, steps, {"": values}, xlabel="step", ylabel=name)
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    left.set_yscale("log")
-    middle.legend([shade], ["guided"], loc="lower left", handlelength=1.2)
-    slope = errors[-1] * (np.array(num_steps) / num_steps[-1]) ** -2.0
-    right.plot(num_steps, slope, color="0.4", linestyle=":", label="slope $-2$")
-    errors_by_steps(right, num_steps, {"Heun": errors}, "largest error on a Gaussian")
-    return fig
+# --- figures of several notebooks
 
 
 @look()
@@ -185,8 +167,7 @@ def trajectory(noisy, clean, sigmas) -> Figure:
     steps, n, height, width, channels = noisy.shape
     rows = np.stack([noisy, clean]).transpose(2, 0, 1, 3, 4, 5).reshape(-1, height, width, channels)
     fig, ax = panels(1, 1, (TEXT_WIDTH - 0.3) * 2 * n / steps + 0.4)
-    mosaic(ax, rows, steps, rows=["$x$", "$D$"] * n)
-    ax.set_xticks(np.arange(steps) * (width + 1) + width / 2, [f"{s:.3g}" for s in sigmas])
+    mosaic(ax, rows, steps, rows=["$x$", "$D$"] * n, heads=[f"{s:.3g}" for s in sigmas])
     ax.xaxis.tick_top()
     ax.set_xlabel(r"noise level $\sigma$")
     ax.xaxis.set_label_position("top")
@@ -221,30 +202,6 @@ def training_curves(histories: dict, chance: float) -> Figure:
     return fig
 
 
-@look()
-def calibration(reliability: dict, sigmas, bce: dict, error: dict, chance: float) -> Figure:
-    """Reliability of one member at some levels, and the members' held-out loss and calibration error by sigma.
-
-    reliability: name -> (probabilities [N], labels [N]), ten bins of equal count; bce, error: member -> [levels].
-    """
-    fig, (left, *others) = panels(1, 3, 2.35)
-    left.plot([0, 1], [0, 1], **FINE)
-    for i, (name, (probability, labels)) in enumerate(reliability.items()):
-        bins = np.array_split(np.argsort(probability, kind="stable"), 10)
-        said, real = ([values[b].mean() for b in bins] for values in (probability, labels))
-        left.plot(said, real, **style(i), label=name)
-    everything = np.concatenate([probability for probability, _ in reliability.values()])
-    left.set(xlabel="said probability of real", ylabel="share that is real", ylim=(0, 1.4),
-             xlim=(everything.min() - 0.02, everything.max() + 0.02), yticks=[0, 0.5, 1])  # fmt: skip
-    left.legend(loc="upper left", borderaxespad=0.1, handlelength=1.8)
-    for ax, values, name in zip(others, (bce, error), ("held-out loss (nats)", "calibration error"), strict=True):
-        curves(ax, sigmas, values, **SIGMA, ylabel=name, xticks=[0.1, 1, 10, 100])
-    others[0].axhline(chance, **FINE)
-    others[1].set_ylim(bottom=0)
-    legend_below(fig, others[0], columnspacing=1.2)
-    return fig
-
-
 def plane(titles, height: float):
     """A figure of the 2-D world, and its axes, one for each title."""
     fig, axes = panels(1, len(titles), height, sharex=True, sharey=True)
@@ -264,26 +221,6 @@ def toy_world(points: dict, grid, density) -> Figure:
         ax.contour(grid, grid, density, density.max() * np.array([0.02, 0.15, 0.6]), colors="0.1", linewidths=0.7)
         ax.set(xlim=grid[[0, -1]], ylim=grid[[0, -1]])
     return fig
-
-
-@look()
-def guidance_by_step(sigmas, strength, log_ratio: dict, apart, window) -> Figure:
-    """Along the trajectory: guidance over the denoiser's own update, log r, distance between the two arms.
-
-    strength (a ratio), apart: [steps, N]; log_ratio: name -> [steps, N], NaN outside the window.
-    """
-    fig, axes = panels(1, 3, 2.1)
-    shown = {r"guidance / score's update (%)": {"": 100 * strength}, r"mean $\log r$ (nats)": log_ratio,
-             "arms apart (grey levels, rms)": {"": apart}}  # fmt: skip
-    for ax, (name, arms) in zip(axes, shown.items(), strict=True):
-        sampler_axis(ax, sigmas, window, ylabel=name)
-        bands(ax, sigmas, arms, mean_interval)
-    axes[1].axhline(0, **FINE)
-    axes[1].legend(loc="best")
-    return fig
-
-
-# --- 04 to 06: evaluation, reproduction, ensemble
 
 
 @look()
@@ -322,40 +259,6 @@ def compressed(ax, intervals: list) -> str:
 
 
 @look()
-def sensitivity(changes: dict, defaults: dict) -> Figure:
-    """Dots with intervals over settings: a row of panels a score, a column a parameter; the default is filled.
-
-    changes: row's axis label -> {column's axis label: {setting: Interval}}; defaults: column's label -> setting.
-    """
-    widths = [max(2, len(settings)) for settings in next(iter(changes.values())).values()]
-    fig, axes = panels(len(changes), len(widths), 3.4, sharey="row", sharex="col", squeeze=False, width_ratios=widths)
-    for row, (label, charts) in zip(axes, changes.items(), strict=True):
-        row[0].set_ylabel(label, linespacing=1)
-        for i, (ax, (column, settings)) in enumerate(zip(row, charts.items(), strict=True)):
-            for x, (setting, interval) in enumerate(settings.items()):
-                dot(ax, x, interval.value, interval, i, horizontal=False, filled=setting == defaults[column])
-            zero(ax, horizontal=False)
-            ax.set(xticks=range(len(settings)), xticklabels=list(settings), xlim=(-0.6, len(settings) - 0.4),
-                   xlabel=column if row is axes[-1] else "")  # fmt: skip
-    return fig
-
-
-@look()
-def gradient_likeness(sigmas, pairs, to_mean, matrix, names) -> Figure:
-    """Cosines of the members' gradients by noise level (pairs, to_mean [L, K]), and their mean [M, M] by pair."""
-    fig, (left, right) = panels(1, 2, 2.5, width_ratios=[1.35, 1])
-    bands(left, sigmas, {"two members": pairs, "a member and the mean": to_mean})
-    left.axhline(0, color="0.4", linewidth=0.8, zorder=0)
-    left.set(**SIGMA, ylabel="cosine of gradients", ylim=(None, 1.05))
-    legend_above(left)
-    sns.heatmap(matrix, vmin=0, vmax=1, cmap="Greys", annot=True, fmt=".2f", annot_kws={"fontsize": 7}, cbar=False,
-                square=True, xticklabels=names, yticklabels=names, ax=right)  # fmt: skip
-    right.set_title("mean over noise levels")
-    right.tick_params(axis="y", rotation=0)
-    return fig
-
-
-@look()
 def fault(sigmas, silent: dict, strength: dict) -> Figure:
     """The raw-logit fault by noise level: share of images without guidance [L], and guidance norms [L, N].
 
@@ -379,26 +282,4 @@ def norms_by_step(sigmas, norms: dict, window) -> Figure:
     sampler_axis(ax, sigmas, window, yscale="log", ylabel=GUIDANCE)
     bands(ax, sigmas, {label: np.where(values > 0, values, np.nan) for label, values in norms.items()})
     legend_above(ax)
-    return fig
-
-
-@look()
-def members_at_level(sigmas, logits, at: int, image, gradients, names) -> Figure:
-    """One image at the noise level of number `at`: the members' logits there and elsewhere, and their gradients.
-
-    logits [M, L]; image and gradients, [C, H, W] and [M, C, H, W], are arrays of any scale: grey is zero, and a
-    gradient's largest pixel is white or black.
-    """
-    fig, (top, bottom) = panels(2, 1, 3.3, height_ratios=(1.6, 1))
-    curves(top, sigmas, dict(zip(names, logits, strict=True)), **SIGMA, ylabel=r"$\log r$ (nats)")
-    top.axvline(sigmas[at], color="0.6", linewidth=3, zorder=0)
-    top.axhline(0, **FINE)
-    top.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    shown = np.stack([image, *gradients]).transpose(0, 2, 3, 1)
-    largest = np.abs(shown).max((1, 2, 3), keepdims=True)
-    mosaic(bottom, (127.5 * (1 + shown / largest)).astype(np.uint8), len(shown))
-    words = ["noised image", *(f"{name}\n{logit[at]:+.2f}" for name, logit in zip(names, logits, strict=True))]
-    width = shown.shape[2]
-    bottom.set_xticks(np.arange(len(words)) * (width + 1) + width / 2, words)
-    bottom.tick_params(length=0)
     return fig
