@@ -8,9 +8,9 @@ import nbformat
 import pytest
 
 from dgutils import __main__
-from dgutils.results.records import load_results
 from dgutils.pipeline import cells
 from dgutils.pipeline.parameters import Parameters
+from dgutils.results.records import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))
