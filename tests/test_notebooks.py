@@ -7,7 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dgutils import __main__, results
+from dgutils import __main__
+from dgutils.results.records import load_results
 from dgutils.pipeline import cells
 from dgutils.pipeline.parameters import Parameters
 
@@ -137,7 +138,7 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     assert "MISS" not in again.out + again.err
     assert {path: path.read_bytes() for path in written} == before
     assert {path: path.read_bytes() for path in figures} == figures
-    recorded = results.load_results("smoke")
+    recorded = load_results("smoke")
     arms = recorded.cells("arms")
     assert len(arms) > 3 and all(cell for row in arms for cell in row[:2])
     text = "".join(path.read_text() for path in (ROOT / "report" / "sections").glob("*.tex"))

@@ -10,13 +10,14 @@ import matplotlib
 import nbformat
 import numpy as np
 import pytest
+from ledgers import blank_ledger
 from matplotlib.figure import Figure
 from pypdf import PdfReader
 
 from dgutils.errors import UserError
 from dgutils.pipeline import parameters
 from dgutils.results import plots
-from dgutils.results.records import Recorder, Results, load_results, published
+from dgutils.results.records import Results, load_results, published
 from report import build as report
 from report import check as check_report
 
@@ -103,7 +104,7 @@ def test_every_source_of_the_list_is_cited():
 
 
 def test_settings_of_a_run_are_recorded(tmp_path):
-    recorder = Recorder("quick", "01_fake_samples", tmp_path)
+    recorder = blank_ledger("quick", "01_fake_samples", tmp_path)
     recorder.settings(dict(num_steps=18, sigma_max=80.0, min_time=1e-5, boosting="none", epochs=[60, 40], watermark=""))
     recorder.write()
     loaded = load_results("quick", tmp_path)
@@ -195,16 +196,16 @@ def invented(tmp_path_factory) -> Path:
         plots.save_figure(fig, "smoke", "00_figure")
         for name in FIGURES:
             shutil.copy(folder / "figures/smoke/00_figure.pdf", folder / f"figures/smoke/{name}.pdf")
-        recorders = [Recorder("smoke", path.stem) for path in sorted(ROOT.glob("notebooks/0*.ipynb"))]
+        recorders = [blank_ledger("smoke", path.stem) for path in sorted(ROOT.glob("notebooks/0*.ipynb"))]
         first = recorders[0]
         first.settings(parameters.load("smoke"))
         for key in set(KEYS) - published().keys() - first.records.keys():
-            first.record(key, 1.25, label="invented & more", cell="none", interval=(1.0, 1.5), level=0.95, n=1000)
+            first.value(key, 1.25, label="invented & more", section="none", interval=(1.0, 1.5), level=0.95, n=1000)
         ladder = []  # of two faults
         for rung, slot in itertools.product(("without_raw_logits", "correct", "only_raw_logits", "only_wrong_file"),
                                             ("first", "second")):
             for key in (f"ladder.{rung}.{slot}.kid_change", f"ladder.{rung}.step.{slot}.kid_change"):
-                first.record(key, -1.25, label="invented", cell="none", interval=(-1.5, -1.0), level=0.95)
+                first.value(key, -1.25, label="invented", section="none", interval=(-1.5, -1.0), level=0.95)
             ladder.append((rung.replace("only_", "only: "), f"ladder.{rung}.{slot}.kid_change"))
         columns = {name: {"a-long-head-of-a-column"} for name in [*TABLES, *used("rescaption")]}
         for names, name in re.findall(r"\\dgtable(?:\[([^]]*)\])?{(\w+)}", TEXT):

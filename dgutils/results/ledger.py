@@ -4,18 +4,33 @@ An arm's scores come by feature space, {"first": Scores, "second": Scores}; a li
 over independent trainings. Records are named <key>.<space>.<score> and <key>.<space>.<score>_change.
 """
 
+import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from IPython.display import Markdown
 from scipy import stats
 
+from dgutils.errors import UserError
 from dgutils.metrics import Interval, Resampled
+from dgutils.paths import figures_dir
 from dgutils.pipeline.jobs import Scores, space_name
-from dgutils.results.records import Recorder, format_value, published
-from dgutils.results.statements import direction, summary, two_digits, verdict
+from dgutils.pipeline.store import digest_of_file, now, provenance
+from dgutils.results.provenance import fingerprint, lineage, section_of, sections
+from dgutils.results.records import (
+    KEY,
+    Results,
+    format_value,
+    published,
+    read_results,
+    results_folder,
+    setting_text,
+    write_if_changed,
+)
+from dgutils.results.statements import direction, summary, two_digits, verdict, with_words
 
 SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
 COLUMNS = {"fd": "FD", "kid": "KID x 1000", "fd_change": "FD change", "kid_change": "KID change",
@@ -90,16 +105,20 @@ def changes(arm: Scores | list[Scores], baseline: Scores | list[Scores], score: 
 # --- the ledger
 
 
-class Ledger(Recorder):
-    """The records, tables and claims of one notebook.
+class Ledger:
+    """The records, tables and claims of one notebook in one profile; `write` makes them a file.
 
-    experiment: what holds the parameters and gives `scores(arm, space, reference)`.
+    experiment: what holds the parameters and gives `scores(arm, space, reference)`. notebook: its name, as in
+    '04_evaluation' (default: the experiment's); the file is <root>/<profile>/04.json.
     """
 
-    def __init__(self, experiment, notebook: str | None = None, root=None):
-        self.experiment, self.parameters = experiment, getattr(experiment, "parameters", experiment)
-        super().__init__(self.parameters.profile, notebook or experiment.notebook, root)
+    def __init__(self, experiment, notebook: str | None = None, root: Path | str | None = None):
+        self.experiment, self.parameters = experiment, experiment.parameters
+        self.profile, self.notebook = self.parameters.profile, notebook or experiment.notebook
+        self.path = results_folder(self.profile, root) / f"{self.notebook.split('_')[0]}.json"
         self.spaces = dict(zip(("first", "second"), self.parameters.feature_spaces, strict=False))
+        self.records: dict[str, dict] = {}
+        self.tables: dict[str, dict] = {}
         self.compared: dict[str, tuple[str, str]] = {}  # key of a change -> labels of the arm and its baseline
         self.claims: dict[str, dict] = {}
 
@@ -115,12 +134,36 @@ class Ledger(Recorder):
 
     # --- numbers
 
-    def value(self, key: str, value: float | str | Interval, label: str, section: str, **about) -> None:
-        """Record a number, a word, or a value with its interval; `about` as in Recorder.record."""
+    def value(self, key: str, value: float | str | Interval, label: str, section: str, *, unit: str = "",
+              interval: tuple[float, float] | None = None, level: float | None = None, n: int | None = None,
+              seeds: range | list[int] | None = None, artifacts=(), digits: int | None = None) -> None:  # fmt: skip
+        """Record a number, alone or with its interval, or a word that the prose takes from the data ('lower').
+
+        label: what it is, in words. section: the notebook section that made it. interval: [low, high] at confidence
+        `level`. n: images behind it. artifacts: digests it was made from. digits: decimals in print; without it, what
+        the interval justifies, or 3 significant digits. Raises UserError for a bad key, and for what is not finite.
+        """
         if isinstance(value, Interval):
-            about |= {"interval": (value.low, value.high), "level": value.level}
-            value = value.value
-        self.record(key, value, label=label, cell=section, **about)
+            value, interval, level = value.value, (value.low, value.high), value.level
+        if not KEY.fullmatch(key):
+            raise UserError(f"result key {key!r}: use lower-case words and digits, joined by . _ or -")
+        if (interval is None) != (level is None):
+            raise UserError(f"result {key}: an interval needs its level, and a level its interval")
+        value, *bounds = (number(one, key) for one in (value, *(interval or ())))
+        if bounds and not bounds[0] <= bounds[1]:
+            raise UserError(f"result {key}: the interval {bounds} is not [low, high]")
+        if isinstance(seeds, range):
+            seeds = {"first": seeds[0], "count": len(seeds)}
+        self.records[key] = {
+            "value": value, "label": label, "cell": section, "unit": unit, "interval": bounds or None, "level": level,
+            "n": n, "seeds": seeds, "artifacts": list(artifacts), "digits": digits}  # fmt: skip
+
+    def settings(self, parameters) -> None:
+        """Record the parameters of a run under settings.<name>, lists as their items."""
+        for name, value in dict(parameters).items():
+            if isinstance(value, int | float | str | list):
+                value = value if type(value) is int else setting_text(value)
+                self.value(f"settings.{name}", value, f"parameter {name}", "parameters")
 
     def level(self, key: str, arm: BySpace, section: str) -> None:
         """Record an arm's scores in each feature space: FD, KID, precision, recall, density, coverage."""
@@ -170,6 +213,14 @@ class Ledger(Recorder):
         return label, *(f"{key}.{fact}" for fact in COURSE.values())
 
     # --- tables
+
+    def table(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> None:
+        """Record a table: column heads, and rows of a label followed by result keys (None: an empty cell)."""
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            raise UserError(f"table name {name!r}: use lower-case letters, digits and _")
+        if any(len(row) != len(columns) for row in rows):
+            raise UserError(f"table {name}: every row needs {len(columns)} cells, like the columns")
+        self.tables[name] = {"columns": columns, "rows": rows, "caption": caption}
 
     def show(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> Markdown:
         """Record a table and show it; a cell whose key nobody recorded is empty."""
@@ -324,6 +375,50 @@ class Ledger(Recorder):
         return lines + [f"{len(untested)} claims are not testable at this scale: {'; '.join(untested)}."]
 
 
+    # --- the file
+
+    @property
+    def results(self) -> Results:
+        """What is recorded so far, and the published numbers, to be printed in the notebook itself."""
+        return Results(self.profile, with_words(published() | self.records), self.tables)
+
+    def write(self) -> Path:
+        """Write the file, with the code and the artifacts behind its records, and the digests of its figures.
+
+        If it holds these results already it stays: dates change only with results or code.
+        """
+        cells = sections(self.notebook)
+        figures = sorted(figures_dir(self.profile).glob(f"{self.notebook[:2]}_*.pdf"))
+        content = {
+            "profile": self.profile, "notebook": self.notebook, "records": self.records,
+            "tables": {name: table | {"cell": section_of(name, cells)} for name, table in self.tables.items()},
+            "figures": {path.stem: {"cell": cell, "sha256": digest_of_file(path)} for path in figures
+                        if (cell := section_of(path.stem, cells))},
+            "code": fingerprint(self.notebook),
+        }  # fmt: skip
+        content = json.loads(json.dumps(content, allow_nan=False))
+        try:
+            old = read_results(self.path)
+        except (FileNotFoundError, NotADirectoryError):  # not looked for before: it may be removed in between
+            old = {}
+        if any(old.get(part) != content[part] for part in content):
+            digests = {digest for record in self.records.values() for digest in record["artifacts"]}
+            content |= {"provenance": {"date": now()} | provenance(), "lineage": lineage(self.profile, digests)}
+            write_if_changed(self.path, json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+        return self.path
+
+
 def bullets(lines: list[str]) -> Markdown:
     """Sentences as a list."""
     return Markdown("\n".join(f"- {line}" for line in lines))
+
+
+def number(value, key: str) -> float | int | str:
+    """A plain finite number, or text. Raises UserError for anything else."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UserError(f"result {key}: {value!r} is neither a number nor text")
+    if not isinstance(value, str) and not math.isfinite(value):
+        raise UserError(f"result {key} is {value}: a number went wrong where it was computed")
+    return value
