@@ -68,7 +68,8 @@ def _official_cifar10(folder: Path, split: str):
             batches = [archive.extractfile(f"{unpacked.name}/{name}").read() for name in names]
     else:
         return None
-    return map(np.concatenate, zip(*map(_official_batch, batches), strict=True))
+    images, labels = zip(*map(_official_batch, batches), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def _cifar10(split: str):
