@@ -143,16 +143,15 @@ def _converted(entry: weights.Published, path: Path) -> tuple[dict, dict[str, to
         manifest = json.loads(metadata.get("manifest", "{}"))
     if {key: manifest.get(key) for key in source} != source:
         config, tensors, about = read_edm(path)
-        if what := fault(tensors):
-            raise UserError(f"{path} refused: {what}: get the file again")
+        _sound(path, tensors)
         tensors, manifest = {k: v.float() for k, v in tensors.items()}, source | {"config": config} | about
         with weights.writing(cached):
             cached.parent.mkdir(exist_ok=True)
             write_tensors(cached, tensors, {"manifest": json.dumps(manifest)})
-    if differing := [f"{k} is {manifest['config'].get(k)}, not {v}" for k, v in entry.config.items()
-                     if manifest["config"].get(k) != v]:  # fmt: skip
+    config = manifest["config"]
+    if differing := [f"{k} is {config.get(k)}, not {v}" for k, v in entry.config.items() if config.get(k) != v]:
         raise UserError(f"{path} is not the {entry.what}: {'; '.join(differing)}{_likely(tensors)}")
-    return manifest["config"], tensors
+    return config, tensors
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -190,6 +189,11 @@ def fault(tensors: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
+def _sound(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    if what := fault(tensors):
+        raise UserError(f"{path} refused: {what}: get the file again")
+
+
 def _shapes(kind: str, config: dict) -> dict[str, tuple]:
     """Names and shapes of a network's tensors, found without allocating it."""
     with torch.device("meta"):
@@ -223,8 +227,7 @@ def _check(entry: weights.Published, path: Path, config: dict, tensors: dict[str
     if found := [f"{verb} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")
                  for verb, keys in faults if keys]:  # fmt: skip
         raise UserError(f"{path} is not the {entry.what}: it {', '.join(found)}{_likely(tensors)}")
-    if what := fault(tensors):
-        raise UserError(f"{path} refused: {what}: get the file again")
+    _sound(path, tensors)
 
 
 def _published(name: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:

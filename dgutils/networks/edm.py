@@ -175,7 +175,12 @@ class GroupNorm(nn.GroupNorm):
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         if x.is_cuda and channels_last and (compiled := _compiled_norm()):
             return self._by_rows(compiled, x, silu, adapt)
-        y = self._on_cpu(x) if channels_last and not x.is_cuda else super().forward(x)
+        if channels_last and not x.is_cuda:
+            scale, shift = _scale_and_shift(*_Moments.apply(x), x[0, 0].numel(), self.num_groups, self.weight,
+                                            self.bias, self.eps)  # fmt: skip
+            y = _Affine.apply(x, scale.to(x.dtype), shift.to(x.dtype))
+        else:
+            y = super().forward(x)
         if adapt:
             scale, shift = (part[:, :, None, None] for part in adapt)
             y = torch.addcmul(shift, y, 1 + scale)
@@ -189,11 +194,6 @@ class GroupNorm(nn.GroupNorm):
                 weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
             rows = norm(x.permute(0, 2, 3, 1).flatten(1, 2), self.num_groups, weight, bias, self.eps, silu)
         return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-    def _on_cpu(self, x):
-        scale, shift = _scale_and_shift(*_Moments.apply(x), x[0, 0].numel(), self.num_groups, self.weight, self.bias,
-                                        self.eps)  # fmt: skip
-        return _Affine.apply(x, scale.to(x.dtype), shift.to(x.dtype))
 
 
 class UNetBlock(nn.Module):
@@ -240,11 +240,11 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.channels = channels
+        self.half = channels // 2
 
     def forward(self, label):
-        half = self.channels // 2
-        angle = label[:, None] * 1e-4 ** (torch.arange(half, dtype=label.dtype, device=label.device) / (half - 1))
+        steps = torch.arange(self.half, dtype=label.dtype, device=label.device)
+        angle = label[:, None] * 1e-4 ** (steps / (self.half - 1))
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 

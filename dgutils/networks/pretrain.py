@@ -82,7 +82,7 @@ class Batches:
     def __init__(self, dataset: str, training: dict, device: torch.device):
         images, labels = datasets.load_dataset(dataset, "train")
         self.images, self.labels = torch.tensor(images, device=device), torch.tensor(labels, device=device)
-        self.size, self.seed, self.flips = training["batch_size"], training["seed"], training["horizontal_flip"]
+        self.size, self.seed, self.flips = (training[key] for key in ("batch_size", "seed", "horizontal_flip"))
         self.epoch = self.order = None
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,11 +99,6 @@ class Batches:
         return x, self.labels[index]
 
 
-def score_loss(model, x, labels, draws):
-    """EDM's denoising loss (edm.edm_loss)."""
-    return edm.edm_loss(model, x, draws.normal(len(x)), draws.normal(*x.shape))
-
-
 def classifier_loss(model, x, labels, draws):
     """Cross-entropy of a noise-conditional classifier (Dhariwal & Nichol 2021, section 4).
 
@@ -115,7 +110,9 @@ def classifier_loss(model, x, labels, draws):
     return F.cross_entropy(model(x_vp, vp_time).float(), labels)
 
 
-LOSSES = {"Denoiser": score_loss, "EncoderUNet": classifier_loss}
+LOSSES = {"Denoiser": lambda model, x, labels, draws: edm.edm_loss(model, x, draws.normal(len(x)),
+                                                                   draws.normal(*x.shape)),
+          "EncoderUNet": classifier_loss}  # fmt: skip
 
 
 def learning_rate(training: dict, steps: int, passed: float, length: float, decay: float) -> float:
@@ -272,12 +269,11 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     checkpoint = out_dir / f"{name}.checkpoint.safetensors"
     with _only_one(checkpoint), _signals() as asked_to_stop:
         progress = _begin(name, recipe, checkpoint, model, ema, optimizer, minutes is not None)
-        step, before, recent = progress["step"], progress["seconds"], []
-        bar = tqdm(total=round(length), initial=int(passed()), desc=name, unit=" steps" if minutes is None else "s",
-                   mininterval=10)  # fmt: skip
+        step, first, before, recent = progress["step"], progress["first_step"], progress["seconds"], []
+        unit = " steps" if minutes is None else "s"
+        bar = tqdm(total=round(length), initial=int(passed()), desc=name, unit=unit, mininterval=10)
         while passed() < length and not asked_to_stop:
-            optimizer.param_groups[0]["lr"] = learning_rate(training, step - progress["first_step"], passed(), length,
-                                                            decay)  # fmt: skip
+            optimizer.param_groups[0]["lr"] = learning_rate(training, step - first, passed(), length, decay)
             x, labels = batches(step)
             with torch.autocast(device.type, torch.bfloat16, enabled=training["precision"] == "bfloat16"):
                 loss = loss_of(model, x, labels, Draws(device, seed, 3, step))
@@ -290,8 +286,7 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             with torch.no_grad():
-                kept = ema_decay(training, step - 1)
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - kept)
+                torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - ema_decay(training, step - 1))
             if step % training["log_every"] == 0:
                 progress["log"].append({"images": step * size, "loss": _finite(name, recent, step)})
                 recent.clear()
@@ -368,12 +363,11 @@ def _evaluate(weights, recipe, device, n=2000) -> dict | None:
     chunks, loss_of = list(zip(x.split(250), y.split(250), strict=True)), LOSSES[recipe["architecture"]]
     draws = Draws(device, 0, 4, by_numpy=True)  # the same noise for every network, whatever the device
     result = {"n": n, "test_loss": float(np.mean([loss_of(model, a, b, draws).item() for a, b in chunks]))}
-    if recipe["architecture"] == "EncoderUNet":
-        for key, sigma in (("accuracy_clean", 0.0), ("accuracy_sigma_0.2", 0.2), ("accuracy_sigma_1", 1.0)):
-            level, hits = torch.tensor(sigma), 0
-            for a, b in chunks:
-                x_vp = noise.vp_scale(level) * (a + level * draws.normal(*a.shape))
-                vp_time = noise.sigma_to_vp_time(level).expand(len(a)).to(device)
-                hits += (model(x_vp, vp_time).argmax(1) == b).sum().item()
-            result[key] = hits / n
+    accuracies = {"accuracy_clean": 0.0, "accuracy_sigma_0.2": 0.2, "accuracy_sigma_1": 1.0}
+    for key, sigma in accuracies.items() if recipe["architecture"] == "EncoderUNet" else ():
+        level, hits = torch.tensor(sigma), 0
+        for a, b in chunks:
+            x_vp = noise.vp_scale(level) * (a + level * draws.normal(*a.shape))
+            hits += (model(x_vp, noise.sigma_to_vp_time(level).expand(len(a)).to(device)).argmax(1) == b).sum().item()
+        result[key] = hits / n
     return result

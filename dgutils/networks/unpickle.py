@@ -56,9 +56,6 @@ def _keys(values):
     return values
 
 
-# ---- the calls that the files are made of ------------------------------------------------
-
-
 def _saved(meta):
     """torch_utils.persistence: class name and attributes; the class's source, also in `meta`, is dropped."""
     _expect(type(meta) is dict and meta.get("type") == "class" and type(meta.get("class_name")) is str
@@ -124,13 +121,9 @@ _CALLS = {
     Global("dnnlib.util", "EasyDict"): lambda: {},  # a dict whose items are attributes too
     Global("builtins", "set"): _set,
 }
-
-# ---- the machine -------------------------------------------------------------------------
-
-_OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
-    SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE
-    EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL
-    STACK_GLOBAL"""
+_OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE
+    BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1
+    TUPLE2 TUPLE3 APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL"""
 
 
 class _Opcodes(dict):
@@ -163,10 +156,6 @@ class _Reader(pickle._Unpickler):
         _expect(type(self.stack[-1]) is dict, "items for a dict that is none")
         self.stack[-1].update(zip(_keys(items[::2]), items[1::2], strict=True))
 
-    def set_item(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
     def add_items(self):
         items = self.pop_mark()
         _expect(type(self.stack[-1]) is set, "items for a set that is none")
@@ -181,8 +170,9 @@ class _Reader(pickle._Unpickler):
             _expect(isinstance(target, np.dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)),
                     "attributes for something that has none")  # fmt: skip
 
-    dispatch |= {pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build, pickle.SETITEM[0]: set_item,
-                 pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()), pickle.ADDITEMS[0]: add_items}
+    dispatch |= {pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build, pickle.ADDITEMS[0]: add_items,
+                 pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
+                 pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark())}  # fmt: skip
 
 
 def read_pickle(path: Path):
@@ -229,9 +219,6 @@ def state_dict(module: Saved, prefix: str = "") -> dict[str, torch.Tensor]:
             tensors |= {f"{prefix}{key}": value} if value is not None else {}
         pending[:0] = [(f"{prefix}{key}.", child) for key, child in children.items() if child is not None]
     return tensors
-
-
-# ---- torch's own files -------------------------------------------------------------------
 
 
 def load_weights_only(file):

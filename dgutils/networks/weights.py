@@ -107,8 +107,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a file, computed once while the file stays the same by its inode, size and time of change."""
-    stat = path.stat()
-    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return _sha256(path, (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
@@ -173,7 +172,7 @@ def find(name: str) -> Path:
     entry = published(name)
     if not entry.path.is_file():
         for archive in filter(zipfile.is_zipfile, weights_dir().glob("*.zip")):
-            if any(Path(inside).name == entry.file for inside in zipfile.ZipFile(archive).namelist()):
+            if entry.file in [Path(inside).name for inside in zipfile.ZipFile(archive).namelist()]:
                 raise UserError(f"{archive} holds {entry.file}: unpack it there, so that it is {entry.path}")
         where = "a file of" if _is_drive(entry.url) else "from"
         raise UserError(f"{entry.file} is not in {weights_dir()}: run `python -m dgutils fetch {name}`, "
@@ -203,21 +202,20 @@ def _is_drive(url: str) -> bool:
     return url.startswith("https://drive.google.com/")
 
 
-class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, fp, code, msg, headers, newurl):
-        _require_https(newurl)
-        return super().redirect_request(request, fp, code, msg, headers, newurl)
-
-
-def _require_https(url):
+def _https(url):
     if not url.startswith("https://"):
         raise UserError(f"{url} is not https: weights are fetched over https only")
+    return url
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, fp, code, msg, headers, newurl):
+        return super().redirect_request(request, fp, code, msg, headers, _https(newurl))
 
 
 def _open(url: str, headers: dict):
     """A response whose whole way is https."""
-    _require_https(url)
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"} | headers)
+    request = urllib.request.Request(_https(url), headers={"Accept-Encoding": "identity"} | headers)
     return urllib.request.build_opener(_HttpsOnly).open(request, timeout=60)
 
 
