@@ -51,16 +51,19 @@ def test_every_figure_and_table_of_the_text_is_made():
 
 def test_a_guide_that_never_acts_is_a_line_of_the_legend():
     never = np.full((2, 3), np.nan)
-    figure = plots.fault(np.array([0.1, 1.0]), {"all": np.ones(2)}, {"right": np.ones((2, 3)), "fault": never})
-    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["right", "fault"]
+    figure, ax = plots.panels()
+    plots.bands(ax, np.array([0.1, 1.0]), {"right": np.ones((2, 3)), "fault": never})
+    plots.legend_above(ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["right", "fault"]
 
 
 def test_what_a_user_sets_for_matplotlib_changes_no_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
 
     def drawn() -> bytes:
-        fig = plots.norms_by_step(np.geomspace(80, 0.002, 5), {"a": np.ones((5, 2)), "b": np.eye(5)}, (0.1, 10))
-        return plots.save_figure(fig, "smoke", "06_norms").data
+        history = [dict(epoch=i, train_loss=0.7, val_loss=0.6, train_accuracy=0.5, val_accuracy=0.6) for i in (1, 2)]
+        fig = plots.training_curves({"a": history}, 0.69)
+        return plots.save_figure(fig, "smoke", "02_training_curves").data
 
     usual = drawn()
     with matplotlib.rc_context({"lines.linewidth": 9, "font.family": "monospace", "axes.facecolor": "red",

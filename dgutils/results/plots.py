@@ -1,4 +1,4 @@
-"""The figures that several notebooks share or that take more than a few lines; numbers come in, a figure goes out.
+"""What figures are made of, and those figures that are drawn more than once; numbers come in, a figure goes out.
 
 Figures are as wide as the report's text column and read in greyscale: whatever has a colour also has a line style or a
 marker of its own. They look the same whatever a user's matplotlibrc says. Images are uint8 [N, H, W, C].
@@ -256,30 +256,3 @@ def compressed(ax, intervals: list) -> str:
     ax.set_xticks([-ticks[0], 0, *ticks], [minus + words[0], "0", *words])
     ax.set_xticks([], minor=True)
     return f"\nlogarithmic beyond {words[0]}"
-
-
-@look()
-def fault(sigmas, silent: dict, strength: dict) -> Figure:
-    """The raw-logit fault by noise level: share of images without guidance [L], and guidance norms [L, N].
-
-    A norm that is NaN counts as absent, since zero has no place on a logarithmic axis.
-    """
-    fig, (left, right) = panels(1, 2, 1.75)
-    for index, (label, share) in enumerate(silent.items(), 1):
-        left.plot(sigmas, np.asarray(share) * 100, **style(index), label=label)
-    left.set(**SIGMA, ylabel="images without guidance (%)", ylim=(-3, 103))
-    bands(right, sigmas, strength)
-    right.set(**SIGMA, yscale="log", ylabel=GUIDANCE)
-    for ax in (left, right):
-        legend_above(ax)
-    return fig
-
-
-@look()
-def norms_by_step(sigmas, norms: dict, window) -> Figure:
-    """Along the trajectory: norm of what guidance adds, name -> [steps, N]; window: its lowest and highest sigma."""
-    fig, ax = panels()
-    sampler_axis(ax, sigmas, window, yscale="log", ylabel=GUIDANCE)
-    bands(ax, sigmas, {label: np.where(values > 0, values, np.nan) for label, values in norms.items()})
-    legend_above(ax)
-    return fig
