@@ -61,8 +61,8 @@ class Conv2d(nn.Module):
         kernel = 0 if self.weight is None else self.weight.shape[-1]
         reach = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0  # 0 for the box
         if self.fused:
-            x = F.conv2d(x, self.weight, padding=kernel // 2 + reach)
-            return self._resample(x, 0) + self.bias[:, None, None].to(x.dtype)
+            halved = self._resample(F.conv2d(x, self.weight, padding=kernel // 2 + reach), 0)
+            return halved + self.bias[:, None, None].to(x.dtype)  # the input's type, in mixed precision too
         if self.up or self.down:
             x = self._resample(x, reach)
         return F.conv2d(x, self.weight, self.bias, padding=kernel // 2) if kernel else x
