@@ -77,6 +77,12 @@ def dataset(results: Results) -> str:
     return {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}.get(name) or latex_escape(name)
 
 
+def watermark(results: Results) -> str:
+    """What every page made from these results must say; '' only if the profile itself says so."""
+    record = results.records.get("settings.watermark")
+    return str(record["value"]) if record else results.profile
+
+
 def spaces(results: Results) -> dict[str, str]:
     """The feature spaces in words, by the names that records have for them: first, second."""
     settings = [results.records.get(f"settings.{name}", {}).get("value") for name in
@@ -194,7 +200,7 @@ def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | st
     lines = ["% Written by report/build.py from the results of one profile; edits are lost.",
              rf"\def\dgprofile{{{latex_escape(profile)}}}",
              rf"\def\dgdataset{{{dataset(results)}}}",
-             rf"\def\dgwatermark{{{latex_escape(results.watermark)}}}",
+             rf"\def\dgwatermark{{{latex_escape(watermark(results))}}}",
              r"\def\dgstale{" + "".join(rf"\item {latex_escape(line)}" for line in stale) + "}",
              *(rf"\dg@set{{{what}}}{{{key}}}{{{text}}}" for (what, key), text in sorted(numbers(results).items())), ""]
     write_if_changed(out_dir / "numbers.tex", "\n".join(lines))

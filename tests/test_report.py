@@ -114,7 +114,7 @@ def test_settings_of_a_run_are_recorded(tmp_path):
     assert {key: loaded.text(key) for key in recorder.records} == {
         "settings.num_steps": "18", "settings.sigma_max": "80", "settings.min_time": "1e-05",
         "settings.boosting": "none", "settings.epochs": "60, 40", "settings.watermark": ""}
-    assert loaded.watermark == ""
+    assert report.watermark(loaded) == ""
 
 
 # --- its form

@@ -118,12 +118,6 @@ class Results:
     def lineage(self) -> dict[str, dict]:
         return {digest: entry for run in self.runs.values() for digest, entry in run["lineage"].items()}
 
-    @property
-    def watermark(self) -> str:
-        """What every page of a report made from these results must say; '' only if the profile itself says so."""
-        record = self.records.get("settings.watermark")
-        return str(record["value"]) if record else self.profile
-
     def __getitem__(self, key: str) -> dict:
         """The record of a key. Raises UserError if there is none."""
         if key not in self.records:
@@ -182,16 +176,16 @@ def read_results(path: Path) -> dict:
         raise UserError(f"{path} is not a results file: remove it and run its notebook again") from error
 
 
-def published(path: Path | str = PUBLISHED) -> dict[str, dict]:
+def published() -> dict[str, dict]:
     """The published numbers, as records: printed with the decimals they were published with."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(PUBLISHED, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     records = {row["key"]: {
         "value": float(row["value"]) if "." in row["value"] else int(row["value"]), "unit": row["unit"],
         "digits": len(row["value"].partition(".")[2]), "label": row["note"], "source": row["source"],
         "where": row["where"]} for row in rows}
     if len(records) < len(rows) or not all(KEY.fullmatch(key) for key in records):
-        raise UserError(f"{path}: a key stands there twice, or has other characters than a-z 0-9 . _ -")
+        raise UserError(f"{PUBLISHED}: a key stands there twice, or has other characters than a-z 0-9 . _ -")
     return records
 
 
