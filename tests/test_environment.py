@@ -167,6 +167,16 @@ def test_rooms_import_one_way_lazy_imports_included():
     assert not wrong, "\n".join(sorted(wrong))
 
 
+def test_the_method_fits_a_reader_and_the_module_does_not_grow():
+    """The aim for the module is 6,000 lines; until it is reached, this holds what was reached."""
+    lines = {}
+    for path in (ROOT / "dgutils").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        room = "door" if parts[-1].startswith("__") else room_of(".".join(parts))
+        lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
+    assert lines["method"] <= 1500 and sum(lines.values()) <= 8400, lines
+
+
 def test_no_modules_import_each_other_in_a_circle_lazy_imports_included():
     paths = (ROOT / "dgutils").rglob("*.py")
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
