@@ -31,14 +31,16 @@ from tqdm import tqdm
 from dgutils import datasets
 from dgutils.discriminator import Ensemble, MemberConfig, perturb
 from dgutils.errors import UserError
+from dgutils.files import write_file
 from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio
+from dgutils.machine import provenance
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import AttentionBlock, EncoderUNet, Stem, init_head
 from dgutils.networks.edm import Denoiser, UNetBlock
 from dgutils.noise import PerSampleNoise, karras_sigmas, keyed_rng, sigma_to_vp_time, vp_scale
 from dgutils.paths import repo_root
 from dgutils.pipeline import jobs
-from dgutils.pipeline.store import Store, provenance, write_file
+from dgutils.pipeline.store import Store
 from dgutils.sampler import edm_sampler, network_denoiser
 from dgutils.training import Split, TrainingSettings, train_discriminators
 

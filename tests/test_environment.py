@@ -131,12 +131,13 @@ def test_missing_data_package_is_no_failure(bare_machine):
 
 
 ROOMS = ("ground", "method", "networks", "pipeline", "results", "cli")
+GROUND = [["errors"], ["files"], ["machine"], ["paths"]]
 
 
 def room_of(module: str) -> str:
     """The room of dgutils.x or dgutils.room.x."""
     parts = module.split(".")
-    return parts[1] if parts[1] in ROOMS else "ground" if parts[1:] in (["errors"], ["paths"]) else "method"
+    return parts[1] if parts[1] in ROOMS else "ground" if parts[1:] in GROUND else "method"
 
 
 def imported(path: Path) -> set[str]:

@@ -18,9 +18,10 @@ from nbclient.exceptions import CellTimeoutError
 from traitlets import default
 
 from dgutils.errors import UserError
+from dgutils.files import FULL_DISK, disk_errors, lock
+from dgutils.machine import log_line
 from dgutils.paths import repo_root, runs_dir
 from dgutils.pipeline import cells, parameters
-from dgutils.pipeline.store import FULL_DISK, disk_errors, lock, log_line
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang
