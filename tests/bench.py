@@ -176,7 +176,7 @@ def _wake(network, generator) -> None:
 
 def _heads(extractor_name: str, width: int, blocks: int, channels: int, count: int) -> list:
     """Heads that answer something: what training starts from zero is random here."""
-    heads = [init_head(jobs.head_config(extractor_name, width, blocks, channels), 0, m) for m in range(count)]
+    heads = [init_head(checkpoints.head_config(extractor_name, width, blocks, channels), 0, m) for m in range(count)]
     generator = torch.Generator().manual_seed(0)
     for head in heads:
         _wake(head.eval().requires_grad_(False), generator)
@@ -267,7 +267,7 @@ def training(names, runs: int, images: int) -> list:
         channels, height, width = checkpoints.image_shape(score_name)
         many = images // 8 if "published" in name else images  # those take their time
         pixels = np.random.default_rng(0).integers(0, 256, (many, height, width, channels), np.uint8)
-        labels, config = np.arange(many) % 2, jobs.head_config(extractor_name, *head)
+        labels, config = np.arange(many) % 2, checkpoints.head_config(extractor_name, *head)
 
         def train(count, extractor=extractor, config=config, pixels=pixels, labels=labels):
             batch = min(128, len(pixels))
@@ -332,9 +332,9 @@ def _grow(count: int, steps: int) -> dict:
     config = jobs.Sampling("fashion-mnist-edm", steps, batch_size=250, shard_size=250)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder, lambda line: None)
-        jobs.generate(store, config, 250)  # loads the network
+        jobs.image_set(store, config, 250).ensure()  # loads the network
         start = time.perf_counter()
-        jobs.generate(store, replace(config, sigma_max=79.0), count)
+        jobs.image_set(store, replace(config, sigma_max=79.0), count).ensure()
         return {"seconds": time.perf_counter() - start, "mib": bench_metrics._peak_mib()}
 
 

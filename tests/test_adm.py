@@ -15,7 +15,6 @@ from dgutils.networks.adm import (
     GroupNorm,
     timestep_embedding,
 )
-from dgutils.pipeline import jobs
 
 SMALL = dict(image_size=16, in_channels=2, model_channels=32, out_channels=5, num_res_blocks=1,
              attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=32)
@@ -91,7 +90,7 @@ def test_shipped_encoders_keep_groups_of_four_channels(name):
 
 @pytest.mark.parametrize(("width", "groups"), [(16, 4), (32, 8), (64, 16), (128, 32), (256, 32)])
 def test_heads_have_groups_of_four_channels_until_the_published_32_fit(width, groups):
-    head = EncoderUNet(**jobs.head_config("fashion-mnist-adm", width, 0, 16))
+    head = EncoderUNet(**checkpoints.head_config("fashion-mnist-adm", width, 0, 16))
     assert {module.num_groups for module in head.modules() if isinstance(module, GroupNorm)} == {groups}
 
 

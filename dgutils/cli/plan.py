@@ -78,7 +78,7 @@ def _images(arms: list[ImageSet | RealSet], scores: dict[str, list[Score]]) -> S
         missing.append(arm.rows.status(arm.n).reason)
     features: dict[str, int] = {}
     for part in arms:
-        for space, store in {score.space: score.artifact.store for score in scores.get(part.digest, [])}.items():
+        for space, store in {score.space: score.store for score in scores.get(part.digest, [])}.items():
             rows = jobs.feature_rows(store, part, space)
             if count := len(rows.missing(part.n)) * rows.shard_size:
                 features[space] = features.get(space, 0) + count
@@ -189,7 +189,7 @@ def _feature_rate(space: str, shape) -> float | None:
     channels, height, width = shape
     images = np.zeros((256, height, width, channels), np.uint8)
     try:
-        return _seconds(lambda n: jobs.encode(images[:n], space), len(images))
+        return _seconds(lambda n: jobs.encode(images[:n], space, str(jobs.device())), len(images))
     except UserError:
         return None  # its file is absent
 

@@ -5,14 +5,16 @@ that `work` and `plan`, which run those cells alone, know it too (`declared`).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from dgutils import datasets
+from dgutils.discriminator import MemberConfig
+from dgutils.networks.checkpoints import head_config
 from dgutils.pipeline import jobs, parameters
-from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Scores, Trained, Training
-from dgutils.pipeline.store import Artifact, Store
+from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Score, Scores, Trained, Training
+from dgutils.pipeline.store import Store
 
 # The faults of the study's ensemble (`faulty_ensemble`), in words.
 FAULTS = {
@@ -25,32 +27,6 @@ FAULTS = {
     "batch_size": "half the training batch",
 }
 WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """An image set that is to be scored against real images in a feature space."""
-
-    experiment: "Experiment"
-    images: ImageSet | RealSet
-    space: str
-    reference: RealSet
-
-    @cached_property
-    def artifact(self) -> Artifact:
-        """Where the scores are stored."""
-        return jobs.evaluation(self.experiment.store, self.images, self.reference, self.space,
-                               self.experiment.parameters.num_resamples)  # fmt: skip
-
-    @property
-    def lacks(self) -> bool:
-        """Whether the scores are still to be computed: neither stored nor kept by the repository."""
-        return self.artifact.digest not in self.artifact.store.kept and not self.artifact.status().hit
-
-    def ensure(self) -> Scores:
-        """The scores, computed if they have to be."""
-        return jobs.evaluate(self.experiment.store, self.images, self.reference, self.space,
-                             self.experiment.parameters.num_resamples)  # fmt: skip
 
 
 class Experiment:
@@ -83,9 +59,10 @@ class Experiment:
     def training(self, epoch_scale: float | None = None, **changes) -> Training:
         """Table 1, its epochs times the profile's epoch_scale or this one; `changes` replaces fields of Training."""
         p = self.parameters
-        members = jobs.scaled_members(p.member_names, p.learning_rates, p.weight_decays, p.epochs, p.min_times,
-                                      epoch_scale or p.epoch_scale)  # fmt: skip
-        head = jobs.head_config(p.feature_extractor, p.head_width, p.head_blocks, p.head_channels)
+        columns = zip(p.member_names, p.learning_rates, p.weight_decays, p.epochs, p.min_times, strict=True)
+        members = tuple(MemberConfig(name, rate, decay, max(1, round(epochs * (epoch_scale or p.epoch_scale))), time)
+                        for name, rate, decay, epochs, time in columns)  # fmt: skip
+        head = head_config(p.feature_extractor, p.head_width, p.head_blocks, p.head_channels)
         return replace(Training(p.dataset, p.feature_extractor, head, members, p.num_fake, p.discriminator_batch_size,
                                 p.training_seed, p.sequential, p.precision, p.held_out_every,
                                 parts=p.training_parts), **changes)  # fmt: skip
@@ -148,14 +125,15 @@ class Experiment:
         """
         spaces = self.parameters.feature_spaces if spaces is None else spaces
         for one in (one for arm in arms.values() for one in (arm if isinstance(arm, list) else [arm])):
-            self.scored += [Score(self, one, space, reference or self.reference) for space in spaces
-                            if not isinstance(one, Trained)]  # fmt: skip
+            self.scored += [self._score(one, space, reference) for space in spaces if not isinstance(one, Trained)]
             self.made += [one] if isinstance(one, Trained) or not spaces else []
 
     def scores(self, arm: ImageSet | RealSet, space: str | None = None, reference: RealSet | None = None) -> Scores:
         """Scores of an arm in a feature space (default: the first) against a reference (default: `reference`)."""
-        space = space or self.parameters.feature_spaces[0]
-        return Score(self, arm, space, reference or self.reference).ensure()
+        return self._score(arm, space or self.parameters.feature_spaces[0], reference).ensure()
+
+    def _score(self, arm: ImageSet | RealSet, space: str, reference: RealSet | None) -> Score:
+        return Score(self.store, arm, reference or self.reference, space, self.parameters.num_resamples)
 
 
 # --- what several notebooks share

@@ -95,9 +95,9 @@ def _fill(group: ranks.Group, declared: Declared) -> None:
         for score in some:
             score.images.ensure()
         for score in some:
-            jobs.features(score.artifact.store, score.images, score.space)
+            jobs.features(score.store, score.images, score.space)
         for reference, space in dict.fromkeys((score.reference, score.space) for score in some):
-            jobs.statistics(score.artifact.store, reference, space)
+            jobs.statistics(score.store, reference, space)
         for _, score in group.deal(some):
             if not group.late:
                 with ranks.alone():

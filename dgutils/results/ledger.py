@@ -13,7 +13,8 @@ from IPython.display import Markdown
 from scipy import stats
 
 from dgutils.metrics import Interval, Resampled
-from dgutils.pipeline.jobs import Scores, space_name
+from dgutils.networks.features import metric_name
+from dgutils.pipeline.jobs import Scores
 from dgutils.results.records import Recorder, format_value, published
 from dgutils.results.statements import direction, summary, two_digits, verdict
 
@@ -202,7 +203,7 @@ class Ledger(Recorder):
                                seeds=range(first.seeds[0], first.seeds[0] + len(fd) * first.n),
                                artifacts=[scores.digest for scores in arm["first"]])  # fmt: skip
         columns = ["Arm", *(f"Block {number}" for number in range(1, len(fd) + 1)), "Mean", "SD", "Minimum"]
-        caption = (f"{space_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
+        caption = (f"{metric_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
                    f"{p.num_reference} real {p.reference_split} images.")
         return self.show(key, columns, rows, caption)
 
@@ -225,7 +226,7 @@ class Ledger(Recorder):
                 self.change(f"{key}.{name}", arm, base, section)
         texts, real = [], reference or f"{p.num_reference} real {p.reference_split} images"
         for slot, table in tables.items():
-            words = (f"{caption} {space_name(self.spaces[slot])}, and KID in the same features; {one.arm.n} images an "
+            words = (f"{caption} {metric_name(self.spaces[slot])}, and KID in the same features; {one.arm.n} images an "
                      f"arm from equal seeds, against {real}; changes are against unguided; 95 % intervals.").strip()
             cells = [(label, *(f"{row}.{slot}.{column}" for column in COLUMNS)) for row, label in rows.items()]
             texts.append(self.show(table, ["Arm", *COLUMNS.values()], cells, words).data)
