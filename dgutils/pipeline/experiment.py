@@ -1,7 +1,6 @@
 """What a notebook begins with: its profile's parameters, a store, and the few verbs by which arms are declared.
 
-Nothing is drawn or trained by naming it. A notebook's cells tagged `arms` declare what will be drawn and scored, so
-that `work` and `plan`, which run those cells alone, know it too (`declared`).
+Nothing is drawn or trained by naming it. `work` and `plan`, which run a notebook's declaring cells alone, know it too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +11,9 @@ from typing import Any
 from dgutils import datasets
 from dgutils.discriminator import MemberConfig
 from dgutils.networks.checkpoints import head_config
-from dgutils.pipeline import jobs, parameters
+from dgutils.pipeline import jobs
 from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Score, Scores, Trained, Training
+from dgutils.pipeline.parameters import Parameters, load
 from dgutils.pipeline.store import Store
 
 # The faults of the study's ensemble (`faulty_ensemble`), in words.
@@ -34,10 +34,8 @@ class Experiment:
 
     def __init__(self, namespace: Mapping[str, Any], notebook: str = "notebook"):
         """namespace: where the parameters are, `globals()` in a notebook; what is None there is the profile's."""
-        overrides = {name: namespace[name] for name in parameters.Parameters.model_fields
-                     if name != "profile" and namespace.get(name) is not None}  # fmt: skip
-        profile = namespace.get("profile") or "quick"
-        self.parameters = parameters.load(profile, overrides, f"notebook {notebook}")
+        said = {name: namespace[name] for name in Parameters.model_fields if namespace.get(name) is not None}
+        self.parameters = load(said.pop("profile", None) or "quick", said, f"notebook {notebook}")
         self.notebook = notebook
         self.scored: list[Score] = []
         self.made: list[ImageSet | Trained] = []
@@ -80,7 +78,7 @@ class Experiment:
                **sampling) -> ImageSet:  # fmt: skip
         """Images of the evaluation seeds, the same in every arm: num_eval of them, or the first n.
 
-        Block b has the seeds from eval_seed + b num_eval on. `sampling` replaces fields of Sampling.
+        Block b has the seeds from eval_seed + b num_eval on; `sampling` replaces fields of Sampling.
         """
         p = self.parameters
         return jobs.image_set(self.store, self.sampling(**sampling), n or p.num_eval, p.eval_seed + block * p.num_eval,
@@ -141,9 +139,8 @@ class Experiment:
 
 def fake_set(experiment: Experiment, **sampling) -> ImageSet:
     """The generated images that discriminators learn from: num_fake unguided ones, from fake_seed on."""
-    p, label = experiment.parameters, "fake set"
-    if "num_steps" in sampling:
-        label += f" of {sampling['num_steps']} steps"
+    p = experiment.parameters
+    label = "fake set" + (f" of {sampling['num_steps']} steps" if "num_steps" in sampling else "")
     return jobs.image_set(experiment.store, experiment.sampling(**sampling), p.num_fake, p.fake_seed, label=label)
 
 

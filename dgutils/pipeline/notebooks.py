@@ -127,10 +127,7 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
 
 def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides: Mapping[str, Any] | None = None,
                 cell_timeout: int = CELL_TIMEOUT) -> dict[str, float]:  # fmt: skip
-    """Run all notebooks, or those whose names begin with `only`, in order. Returns name -> seconds.
-
-    Each notebook gets the profile's name and the overrides.
-    """
+    """Run all notebooks, or those whose names begin with `only`, with a profile and overrides: name -> seconds."""
     if cell_timeout < 0:
         raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
     values = parameters.load(profile, overrides)  # what is wrong with them is said before anything runs

@@ -68,11 +68,9 @@ def work(profile: str, overrides: Mapping[str, Any] | None = None, timeout: floa
 
 
 def _fill(group: ranks.Group, declared: Declared) -> None:
-    """In order: the images that discriminators learn from, the trainings, and, a few at a time so that what is drawn
-    is soon scored, the arms, their features, their scores.
+    """In order: the images that discriminators learn from, the trainings, and, a few at a time, arms to their scores.
 
-    Images and features are dealt in shards, a training in parts of its batches if it has any, else, as scores are, as
-    a whole.
+    Images and features are dealt in shards; scores, and trainings that are not divided into parts, as wholes.
     """
     scores = [score for score in declared.scored if group.agree(score.lacks)]
     todo = needed([score.images for score in scores] + declared.made, lambda item: group.agree(item.lacks))
