@@ -88,7 +88,7 @@ class Parameters(BaseModel):
     epoch_scale: Positive = Field(0.08, le=1000, description="multiplies every member's epochs")
     discriminator_batch_size: Count = Field(128, description="real and generated images together")
     training_seed: Seed = Field(0, description="initial weights, order, noise and splits")
-    training_parts: Count = Field(1, le=4096, description="that a batch is divided into, for as many ranks at most")
+    training_parts: Annotated[Count, Field(le=4096)] = Field(1, description="of a batch, for as many ranks at most")
     held_out_every: int = Field(10, ge=3, le=10**6, description="of so many images, one validates and one tests")
     sequential: bool = Field(False, description="the study's fault: one network carried through all six settings")
     head_width: Count = Field(16, description="channels of a discriminator's head")
