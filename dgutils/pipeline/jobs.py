@@ -406,10 +406,11 @@ class Trained:
         "initial", before any training, is the control: what a push by a network that knows nothing does. A member
         may also be a pair (member, epoch) of those that the training kept, whatever `state` is.
         """
-        members = range(len(self.config.members)) if members is None else members
-        pairs = [(m, f"epoch{epoch}") for m, epoch in self.config.kept]
-        wanted = [(m[0], f"epoch{m[1]}") if isinstance(m, tuple) else (m, state) for m in members]
-        known = [(m, which) for m in range(len(self.config.members)) for which in ("last", "best", "initial")] + pairs
+        every = range(len(self.config.members))
+        wanted = [(m[0], f"epoch{m[1]}") if isinstance(m, tuple) else (m, state)
+                  for m in (every if members is None else members)]  # fmt: skip
+        known = [(m, which) for m in every for which in ("last", "best", "initial")]
+        known += [(m, f"epoch{epoch}") for m, epoch in self.config.kept]
         if missing := [pair for pair in wanted if pair not in known]:
             raise UserError(f"no discriminator {missing[0][0]} in state '{missing[0][1]}': states are last, best, "
                             f"initial and {self.config.kept}, members 0 to {len(self.config.members) - 1}")  # fmt: skip
@@ -433,7 +434,7 @@ class Trained:
                             f"{len(real)}")
         parts = [datasets.split_indices(of, config.seed, config.held_out_every) for of in (labels[:n], np.full(n, -1))]
         return [Split(np.concatenate([real[r], self.fakes.images[f]]), np.repeat([1, 0], [len(r), len(f)]))
-                for r, f in zip(*parts, strict=True)]
+                for r, f in zip(*parts, strict=True)]  # fmt: skip
 
     @cached_property
     def test_split(self) -> Split:
@@ -452,7 +453,7 @@ class Joint:
         return digest_of_json([part.digest for part in self.parts])
 
     @property
-    def trainings(self) -> tuple["Trained", ...]:
+    def trainings(self) -> tuple[Trained, ...]:
         """What is to be trained for them."""
         return self.parts
 
@@ -478,8 +479,8 @@ def discriminators(store: Store, training: Training, fakes: ImageSet, label: str
 def held_out_logits(store: Store, trained: Trained, vp_times) -> tuple[np.ndarray, np.ndarray]:
     """Logits [M, levels, N] of all members on the test split at each VP time, and its labels [N]."""
     config = {"vp_times": [float(t) for t in vp_times], "state": "last"}
-    inputs = {"discriminators": trained.digest}
-    artifact = store.artifact("logits", VERSIONS["logits"], config, inputs, "held-out logits")
+    artifact = store.artifact("logits", VERSIONS["logits"], config, {"discriminators": trained.digest},
+                              "held-out logits")  # fmt: skip
 
     def make(folder):
         ensemble = trained.ensemble().to(device())

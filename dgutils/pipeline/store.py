@@ -169,14 +169,6 @@ class Artifact:
             parts.append(f"shard_{self.shard:05d}")
         self.path, self.name = self.store.root.joinpath(*parts), "-".join(parts)
 
-    @property
-    def manifest(self) -> dict:
-        """What was recorded when it was made. Raises UserError if it is not there."""
-        manifest = read_manifest(self.path)
-        if manifest is None:
-            raise UserError(f"{self.name} is not under {self.store.root}, or damaged: run its step")
-        return manifest
-
     def status(self) -> Status:
         """Is it here, whole? If not: what is damaged, or what changed against what is stored."""
         if not os.path.lexists(self.path):
