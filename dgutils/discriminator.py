@@ -1,8 +1,7 @@
 """Discriminators and their ensembles: the log-density-ratio log p_data / p_model at every noise level.
 
-A discriminator is a frozen ADM extractor and a shallow head on its features, trained to tell real from
-generated images after both were noised.  For balanced classes the head's logit is the log-density-ratio
-(Kim et al. 2023, section 3).  Members of an ensemble share the extractor: one pass of it serves them all.
+A discriminator is a shallow head on a frozen ADM extractor's features, trained to tell real from generated images
+after both were noised: for balanced classes its logit is the log-density-ratio (Kim et al. 2023, section 3).
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dgutils.errors import UserError
+from dgutils.errors import require
 from dgutils.noise import EVALUATION, RESAMPLING, keyed_rng, vp_scale, vp_time_to_sigma, vp_to_cosine_time
 from dgutils.sampler import autocast
 
@@ -21,8 +20,7 @@ from dgutils.sampler import autocast
 
 def mean_probability(logits):
     """log(p / (1 - p)) of the mean p of the members' probabilities, for any finite logits (eq:mean-probability)."""
-    # The factor 1/M of both means cancels in the ratio.
-    return F.logsigmoid(logits).logsumexp(dim=0) - F.logsigmoid(-logits).logsumexp(dim=0)
+    return F.logsigmoid(logits).logsumexp(dim=0) - F.logsigmoid(-logits).logsumexp(dim=0)  # 1/M cancels
 
 
 def mean_logit(logits):
@@ -45,35 +43,23 @@ def raw_logits_as_probabilities(logits):
     return torch.log(m / (1 - m))
 
 
-RULES = {
-    "mean_probability": mean_probability,
-    "mean_logit": mean_logit,
-    "median_logit": median_logit,
-    "raw_logits_as_probabilities": raw_logits_as_probabilities,
-}
+RULES = {rule.__name__: rule for rule in (mean_probability, mean_logit, median_logit, raw_logits_as_probabilities)}
 
 
 # --- Discriminators ----------------------------------------------------------------------------------------
-
 
 # How networks that were trained on another noise schedule read the VP time.
 CLOCKS = {"linear": lambda vp_time: vp_time, "cosine": vp_to_cosine_time}
 
 
 class Ensemble(nn.Module):
-    """Heads over one shared extractor, combined by a rule of RULES. Freezes the networks it is given.
-
-    clock: a name of CLOCKS, how extractor and heads read the VP time.
-    """
+    """Heads over one shared extractor, combined by a rule of RULES, on a clock of CLOCKS. Freezes all networks."""
 
     def __init__(self, extractor, heads, rule, clock="linear"):
         super().__init__()
-        if rule not in RULES:
-            raise UserError(f"unknown combination rule {rule!r}: choose one of {', '.join(RULES)}")
-        if not heads:
-            raise UserError("an ensemble needs at least one discriminator head")
-        if clock not in CLOCKS:
-            raise UserError(f"unknown clock {clock!r}: choose one of {', '.join(CLOCKS)}")
+        require(rule in RULES, f"unknown combination rule {rule!r}: choose one of {', '.join(RULES)}")
+        require(heads, "an ensemble needs at least one discriminator head")
+        require(clock in CLOCKS, f"unknown clock {clock!r}: choose one of {', '.join(CLOCKS)}")
         self.extractor, self.heads, self.rule, self.clock = extractor, nn.ModuleList(heads), rule, CLOCKS[clock]
         self.eval().requires_grad_(False)
 
@@ -97,9 +83,6 @@ class Ensemble(nn.Module):
         return RULES[self.rule](self.logits(x_vp, vp_time, class_labels))
 
 
-# --- What members are trained on -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MemberConfig:
     """How one discriminator is trained; min_time is the smallest VP time that it sees."""
@@ -114,14 +97,12 @@ class MemberConfig:
 def perturb(images, vp_time, rng):
     """VP forward process, x_vp = x / sqrt(1 + sigma^2) + sigma / sqrt(1 + sigma^2) z at sigma(vp_time).
 
-    images: uint8 [N, H, W, C]; vp_time: float64 [N]; rng: NumPy generator of z.
-    Returns float32 [N, C, H, W]; clean pixels lie in [-1, 1].
+    images: uint8 [N, H, W, C], x in [-1, 1]; vp_time: float64 [N]; rng: NumPy generator of z. float32 [N, C, H, W].
     """
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     z = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
-    sigma = vp_time_to_sigma(vp_time)
-    mean, std = vp_scale(sigma), sigma * vp_scale(sigma)
-    return mean[:, None, None, None].float() * x + std[:, None, None, None].float() * z
+    sigma = vp_time_to_sigma(vp_time)[:, None, None, None]
+    return vp_scale(sigma).float() * x + (sigma * vp_scale(sigma)).float() * z
 
 
 def _bootstrap(labels, members, seed):
@@ -149,9 +130,9 @@ RESAMPLINGS = {
 
 @torch.no_grad()
 def evaluate_logits(ensemble, images, vp_times, seed: int, batch_size: int, precision: str = "float32"):
-    """Logits of held-out images at each noise level, for calibration by level: float32 [M, levels, N].
+    """Logits of held-out images uint8 [N, H, W, C] at the VP times [levels]: float32 [M, levels, N].
 
-    images: uint8 [N, H, W, C]; vp_times: [levels]; the noise of a level is a function of (seed, its index).
+    The noise of a level is a function of (seed, its index).
     """
     device = next(ensemble.parameters()).device
     logits = np.empty((len(ensemble.heads), len(vp_times), len(images)), np.float32)

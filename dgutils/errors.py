@@ -8,3 +8,9 @@ class UserError(ValueError):
 
     def __init__(self, text: object):
         super().__init__(re.sub(r"\s*\n\s*", " ", str(text).strip()))  # others' errors, quoted in it, have many lines
+
+
+def require(condition, problem: str) -> None:
+    """Raises UserError, which says what the problem is and what mends it, unless the condition holds."""
+    if not condition:
+        raise UserError(problem)

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
-from dgutils.errors import UserError
+from dgutils.errors import require
 from dgutils.noise import sigma_to_vp_time, vp_scale
 from dgutils.sampler import Churn, Denoise, NotFinite, autocast
 
 # What is differentiated. "clipped": the authors clip the probability to [1e-5, 1 - 1e-5] before the log-odds, which
-# in the logit is a clamp: no gradient, hence no guidance, where the discriminator is surer than that.
+# clamps the logit: no gradient, hence no guidance, where the discriminator is surer than that.
 MOST_SURE = math.log((1 - 1e-5) / 1e-5)
 LOG_RATIOS = {"logit": lambda logit: logit, "clipped": lambda logit: logit.clamp(-MOST_SURE, MOST_SURE)}
 
@@ -39,14 +39,12 @@ def grad_log_density_ratio(ensemble, x: torch.Tensor, sigma: torch.Tensor, preci
 
 def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boosting="none", log_ratio="logit"):
     """Raises UserError unless these settings of a guided denoiser and its boosting are known or possible."""
-    if log_ratio not in LOG_RATIOS:
-        raise UserError(f"unknown log_ratio '{log_ratio}'; choose one of {', '.join(LOG_RATIOS)}")
-    if boosting not in BOOSTING:
-        raise UserError(f"unknown boosting '{boosting}'; choose one of {', '.join(BOOSTING)}")
-    if not 0 <= time_min <= time_max <= 1:
-        raise UserError(f"guidance window [{time_min}, {time_max}]: needs 0 <= time_min <= time_max <= 1")
-    if not (0 <= weight_1st_order < math.inf and 0 <= weight_2nd_order < math.inf):
-        raise UserError(f"guidance weights {weight_1st_order}, {weight_2nd_order} must be finite, not negative")
+    require(log_ratio in LOG_RATIOS, f"unknown log_ratio '{log_ratio}'; choose one of {', '.join(LOG_RATIOS)}")
+    require(boosting in BOOSTING, f"unknown boosting '{boosting}'; choose one of {', '.join(BOOSTING)}")
+    require(0 <= time_min <= time_max <= 1,
+            f"guidance window [{time_min}, {time_max}]: needs 0 <= time_min <= time_max <= 1")
+    require(0 <= weight_1st_order < math.inf and 0 <= weight_2nd_order < math.inf,
+            f"guidance weights {weight_1st_order}, {weight_2nd_order} must be finite, not negative")
 
 
 class GuidedDenoiser:
@@ -54,10 +52,8 @@ class GuidedDenoiser:
 
     denoise: the unguided denoiser; ensemble: has log_density_ratio(x_vp, vp_time), and class labels as a third
     argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor, weight_2nd_order on
-    the Heun corrector.
-    time_min, time_max: VP times outside of which there is no guidance, image by image (the authors' code asks the
-    batch's least time, which differs only while boosting).
-    log_ratio: a name of `LOG_RATIOS`. Raises UserError for unknown names and bad windows.
+    the Heun corrector. time_min, time_max: VP times outside of which there is no guidance, image by image (the
+    authors' code asks the batch's least time, which differs only while boosting). Raises UserError as `check_settings`.
     `last_log_ratio` [N] and `last_guidance` [N, C, H, W] keep the newest predictor's values for inspection.
     """
 
@@ -68,8 +64,7 @@ class GuidedDenoiser:
         check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, log_ratio=log_ratio)
         self.denoise, self.ensemble, self.precision = denoise, ensemble, precision
         self.weights = {1: weight_1st_order, 2: weight_2nd_order}
-        self.time_min, self.time_max = time_min, time_max
-        self.log_ratio, self.class_labels = log_ratio, class_labels
+        self.time_min, self.time_max, self.log_ratio, self.class_labels = time_min, time_max, log_ratio, class_labels
         self.last_log_ratio = self.last_guidance = None
 
     def __call__(self, x, sigma, step, order):
@@ -99,8 +94,8 @@ class Boosted:
     """Boosting around a guided denoiser (DG section 4.3): images in need, whose last log r was negative, get more.
 
     Before steps whose number is churn_phase modulo churn_period, s_churn and s_noise take the place of the sampler's;
-    in steps of guide_phase modulo guide_period the predictor's guidance is multiplied by `factor`. `edm_sampler` takes
-    it as the denoiser, and its `churn` as churn.
+    in steps of guide_phase modulo guide_period the predictor's guidance is multiplied by `factor`.
+    `edm_sampler` takes it as the denoiser, and its `churn` as churn.
     """
 
     guided: GuidedDenoiser
@@ -136,8 +131,7 @@ class Boosted:
         return torch.where(in_need, self.s_churn, base[0]), torch.where(in_need, self.s_noise, base[1])
 
 
-# What puts boosting around a guided denoiser. "released" is the authors' code; "paper" is their text, every odd
-# denoising step for both.
+# What puts boosting around a guided denoiser. "released": the authors' code; "paper": their text, every odd step.
 BOOSTING = {
     "none": lambda guided: guided,
     "released": partial(Boosted, churn_period=5, churn_phase=0, guide_period=2, guide_phase=0),

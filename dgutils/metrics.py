@@ -1,81 +1,18 @@
 """Scores of generated images: Fréchet and kernel distances, manifold scores, intervals, classifier scores.
 
 Everything works on features, float arrays [N,d], with memory linear in N: moments in float64, products of pairs
-in the features' own precision. Where features come from is not asked here: `extract` takes any encoder.
+in the features' own precision.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dgutils.errors import UserError
-
-LARGEST = 1e45  # of a feature: its sixth power, summed over pairs, is still a float64
-
-
-class NotFiniteRows(UserError):
-    """For who knows better what the rows are: their numbers are in `rows`."""
-
-    def __init__(self, rows: np.ndarray):
-        self.rows = rows.tolist()
-        some = ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
-        super().__init__(f"{len(rows)} feature rows are not finite (rows {some}): check those images")
-
-
-def _array(given) -> np.ndarray:
-    """Numbers as an array: of an array, a tensor of any precision or device, with gradient or not, or a list."""
-    try:
-        if isinstance(given, (list, tuple)):
-            given = [_array(item) if isinstance(item, torch.Tensor) else item for item in given]
-        if isinstance(given, torch.Tensor):
-            given = given.detach().cpu()
-            given = (given.double() if given.dtype == torch.bfloat16 else given).numpy()
-        x = np.asarray(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"not numbers ({error}): give an array, a tensor, or a list of equal shapes") from error
-    if x.dtype.kind not in "biuf":
-        raise UserError(f"an array of {x.dtype} is no array of real numbers: give an array, a tensor, or a list")
-    return x
-
-
-def _checked(features, at_least: int = 1, like=None) -> np.ndarray:
-    """Features [N,d] in their own float32 or float64, all else as float64.
-
-    Raises UserError for what is no matrix, has too few rows, is not finite, too large or of another dimension.
-    """
-    x = _array(features)
-    x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise UserError(f"features must be a matrix [N,d], got shape {x.shape}")
-    if len(x) < at_least:
-        raise UserError(f"need at least {at_least} feature rows, got {len(x)}: score more images")
-    if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
-        raise NotFiniteRows(bad)
-    if (largest := float(max(x.max(), -x.min()))) > LARGEST:
-        raise UserError(f"features as large as {largest:.3g}: scale them below {LARGEST:g}")
-    if like is not None:
-        _same_dim(like, x)
-    return x
-
-
-def _same_dim(a, b) -> None:
-    if a.shape[-1] != b.shape[-1]:
-        raise UserError(f"feature dimensions differ ({a.shape[-1]} and {b.shape[-1]}): use one feature space")
-
-
-def _whole(least: int, **numbers) -> None:
-    """Raises UserError unless each is a whole number, at least `least`."""
-    for name, value in numbers.items():
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise UserError(f"{name} {value!r}: give a whole number, at least {least}")
-
-
-def _blocks(x: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    return ((start, x[start : start + size]) for start in range(0, len(x), size))
-
+from dgutils.arrays import as_array, as_features, blocks, same_dim, whole
+from dgutils.errors import UserError, require
 
 # ---- Fréchet distance ------------------------------------------------------------------
 
@@ -86,10 +23,10 @@ class FeatureStats:
     def __init__(self, features=None):
         self.n, self.mean, self.scatter = 0, None, None
         if features is not None:
-            x = _checked(features)
+            x = as_features(features)
             self.n, self.mean = len(x), x.mean(axis=0, dtype=np.float64)  # [d]
             self.scatter = np.zeros((x.shape[1], x.shape[1]))
-            for _, rows in _blocks(x, 4096):
+            for _, rows in blocks(x, 4096):
                 centred = rows - self.mean
                 self.scatter += centred.T @ centred  # [d,d]
 
@@ -99,12 +36,11 @@ class FeatureStats:
         sum_over_processes adds up a float64 tensor in place, as torch.distributed.all_reduce does.
         """
         mean = np.zeros(dim) if self.mean is None else self.mean
-        _same_dim(np.empty(dim), mean)
-        first = torch.from_numpy(np.append(self.n * mean, self.n))
-        sum_over_processes(first)
-        pooled = FeatureStats()
-        pooled.n = round(first[-1].item())
-        pooled.mean = first[:-1].numpy() / max(pooled.n, 1)
+        same_dim(np.empty(dim), mean)
+        sums, pooled = torch.from_numpy(np.append(self.n * mean, self.n)), FeatureStats()
+        sum_over_processes(sums)
+        pooled.n = round(sums[-1].item())
+        pooled.mean = sums[:-1].numpy() / max(pooled.n, 1)
         delta = mean - pooled.mean  # each process's scatter, about the common mean, is then a plain sum
         scatter = torch.from_numpy(self.n * np.outer(delta, delta) + (0 if self.scatter is None else self.scatter))
         sum_over_processes(scatter)
@@ -114,13 +50,8 @@ class FeatureStats:
     @property
     def cov(self) -> np.ndarray:
         """Unbiased covariance [d,d]."""
-        if self.n < 2:
-            raise UserError(f"a covariance needs at least 2 images, got {self.n}")
+        require(self.n >= 2, f"a covariance needs at least 2 images, got {self.n}")
         return self.scatter / (self.n - 1)
-
-
-def _stats(given) -> FeatureStats:
-    return given if isinstance(given, FeatureStats) else FeatureStats(given)
 
 
 def _above_rounding(eigenvalues: np.ndarray) -> np.ndarray:
@@ -135,26 +66,28 @@ def _sum_sqrt(eigenvalues: np.ndarray) -> float:
 class FrechetReference:
     """The reference side of many Fréchet distances, factored once: C_ref = R R^T, R [d,r], r = rank(C_ref).
 
-    Heusel et al. 2017, eq. 6 (Dowson & Landau 1982):
-        |m - m_ref|^2 + tr C + tr C_ref - 2 tr sqrt(C_ref C),
-    where C_ref C and the symmetric r x r matrix R^T C R share their non-zero eigenvalues, so that no square
-    root of a non-symmetric product is taken. As a callable it is `distance`, for `resample`.
+    |m - m_ref|^2 + tr C + tr C_ref - 2 tr sqrt(C_ref C) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6); C_ref C and
+    the symmetric R^T C R [r,r] share their non-zero eigenvalues. As a callable it is `distance`, for `resample`.
 
     Biased upward at small n, and not alike for all sets: 1000 real CIFAR-10 images, their features (d = 1280)
     pulled 10 % towards their mean, score *better* than untouched. Read it beside the unbiased `kid`.
     """
 
     def __init__(self, features_or_stats):
-        stats = _stats(features_or_stats)
+        stats = self._stats(features_or_stats)
         self.mean, self.trace = stats.mean, float(np.trace(stats.cov))
         values, vectors = np.linalg.eigh(stats.cov)
         keep = _above_rounding(values)
         self.root = vectors[:, keep] * np.sqrt(values[keep])  # [d,r]
 
+    @staticmethod
+    def _stats(given) -> FeatureStats:
+        return given if isinstance(given, FeatureStats) else FeatureStats(given)
+
     def distance(self, features_or_stats) -> float:
         """Squared Fréchet distance to the reference, in squared feature units."""
-        stats = _stats(features_or_stats)
-        _same_dim(self.mean, stats.mean)
+        stats = self._stats(features_or_stats)
+        same_dim(self.mean, stats.mean)
         cov, delta = stats.cov, stats.mean - self.mean
         cross = _sum_sqrt(np.linalg.eigvalsh(self.root.T @ cov @ self.root))
         return float(delta @ delta + np.trace(cov) + self.trace - 2 * cross)
@@ -164,18 +97,17 @@ class FrechetReference:
     def bootstrap_distances(self, features, indices) -> np.ndarray:
         """The distance of features[i] for every row i of indices [R,n]: exact, or linear from 20 rows a dimension.
 
-        Linear means the sum of the rows' influences: one product for all resamples, where an exact one takes
-        seconds each (d = 2048). On toys of 32 and 128 dimensions, at 20 and 40 rows a dimension, its spread was
-        0.85 to 0.96 of the exact resamples' and 0.95 to 1.4 of the true one.
+        Linear is the sum of the rows' influences, where an exact resample takes seconds (d = 2048). On toys of 32 and
+        128 dimensions with 20 and 40 rows each, its spread was 0.85 to 0.96 of the exact, 0.95 to 1.4 of the true one.
         """
-        x, indices = _checked(features, at_least=2, like=self.mean), _array(indices)
-        if indices.ndim != 2 or indices.dtype.kind not in "iu" or not indices.size or not (
-                0 <= indices.min() <= indices.max() < len(x)):  # fmt: skip
-            raise UserError(f"resamples are rows [R,n] of numbers from 0 to {len(x) - 1}, got shape {indices.shape}")
+        x, indices = as_features(features, at_least=2, like=self.mean), as_array(indices)
+        require(indices.ndim == 2 and indices.dtype.kind in "iu" and indices.size and
+                0 <= indices.min() <= indices.max() < len(x),
+                f"resamples are rows [R,n] of numbers from 0 to {len(x) - 1}, got shape {indices.shape}")
         return self._linear_distances(x, indices) if len(x) >= 20 * x.shape[1] else self._exact_distances(x, indices)
 
-    # Features are projected by R once. A resample is then a weighting of its u distinct rows (about 63 % of n),
-    # and the eigenvalues come from the smaller of their u x u and r x r Gram matrices.
+    # A resample weights its u distinct rows (about 63 % of n), projected by R once for all; the eigenvalues come from
+    # the smaller of their u x u and r x r Gram matrices.
     def _exact_distances(self, x: np.ndarray, indices) -> np.ndarray:
         mean = x.mean(axis=0, dtype=np.float64)  # [d]
         x, delta = x - mean, mean - self.mean  # [n,d]; centred, so that the weighted moments lose no digits
@@ -199,7 +131,7 @@ class FrechetReference:
         values, vectors = np.linalg.eigh(self.root.T @ stats.cov @ self.root)
         keep, influence = _above_rounding(values), np.empty(len(x))
         whiten = self.root @ (vectors[:, keep] * values[keep] ** -0.25)  # [d,r]
-        for start, rows in _blocks(x, 4096):
+        for start, rows in blocks(x, 4096):
             z = rows - stats.mean
             influence[start : start + len(z)] = (
                 2 * z @ (stats.mean - self.mean) + np.square(z).sum(axis=1) - np.square(z @ whiten).sum(axis=1))
@@ -224,9 +156,9 @@ class PairScores:
 
 
 class _Rows:
-    """Features about a common centre c, cut into tiles for products: x.y = (x-c).(y-c) + share_x + share_y.
+    """Features about a common centre c, where |a|^2 + |b|^2 - 2 a.b cancels less, cut into tiles for products.
 
-    About the centre distances are as before, but |a|^2 + |b|^2 - 2 a.b cancels less.
+    Of the features themselves, x.y = (x-c).(y-c) + share_x + share_y.
     """
 
     def __init__(self, features: np.ndarray, centre: torch.Tensor, block: int):
@@ -242,8 +174,7 @@ class _Rows:
 def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b^T [B,B'] of rows [B,d] and [B',d].
 
-    On a CPU in float32 by a 1 x 1 convolution: that is oneDNN's, whose AVX-512 serves every make; on AMD it is twice as
-    fast as MKL's product, which a @ b.T calls.
+    On a CPU in float32 by a 1 x 1 convolution, which is oneDNN's: on AMD twice as fast as MKL's product, a @ b.T.
     """
     if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return a @ b.T
@@ -267,8 +198,8 @@ def _pairs(a: _Rows, b: _Rows):
 
 
 def _within(rows: _Rows, neighbours: int, counts: torch.Tensor):
-    """Of a set's pairs with itself: sum of the kernel, the same for every resample (each a column of counts
-    [N,R]; pairs of copies of one row left out), and squared distances to the nearest other rows [N,neighbours].
+    """Of a set's pairs with itself: sum of the kernel, the same for every resample (a column of counts [N,R] each;
+    pairs of copies of one row left out), and squared distances to the nearest other rows [N,neighbours].
     """
     total, draws = 0.0, torch.zeros(counts.shape[1], dtype=torch.float64, device=rows.x.device)
     nearest = torch.full((len(rows.x), neighbours), torch.inf, dtype=rows.x.dtype, device=rows.x.device)
@@ -288,15 +219,14 @@ def _within(rows: _Rows, neighbours: int, counts: torch.Tensor):
 class PairReference:
     """The real side of the scores over all pairs of images: KID, precision, recall, density, coverage.
 
-    Each pair is met once, for all of the scores, in tiles of block x block: memory is linear in the number of
-    rows. Computes in the features' precision, float32 or float64, on `device`. k_pr and k_dc are the neighbours
-    that a ball reaches to, for precision and recall and for density and coverage.
+    Each pair is met once, for all of the scores, in tiles of block x block, in the features' precision, on `device`.
+    k_pr and k_dc: the neighbour that a ball reaches to, for precision and recall and for density and coverage.
     """
 
     def __init__(self, features, k_pr: int = 3, k_dc: int = 5, block: int = 1024, device="cpu"):
-        _whole(1, k_pr=k_pr, k_dc=k_dc, block=block)
+        whole(1, k_pr=k_pr, k_dc=k_dc, block=block)
         self.k_pr, self.k_dc, self.block = k_pr, k_dc, block
-        real = _checked(features, at_least=max(k_pr, k_dc) + 1)
+        real = as_features(features, at_least=max(k_pr, k_dc) + 1)
         centre = torch.from_numpy(real.mean(axis=0, dtype=np.float64).astype(real.dtype)).to(device)
         self.rows = _Rows(real, centre, block)
         total, _, self.nearest = _within(self.rows, max(k_pr, k_dc), centre.new_empty(len(real), 0))
@@ -308,18 +238,17 @@ class PairReference:
             raise UserError(f"features as large as {np.abs(features).max():.3g} overflow the kernel in "
                             f"{self.rows.dtype}: give both sets in float64, or scale them")
 
-    # KID: Binkowski et al. 2018, eq. 4, the unbiased squared MMD of the kernel (x.y/d + 1)^3, from all pairs, so
-    # that it is exact for the two sets; it may be negative. Of a resample, pairs of copies of one image are
-    # left out: they say nothing of the distribution. Precision, recall: Kynkäänniemi et al. 2019, eq. 1-2;
-    # density, coverage: Naeem et al. 2020, eq. 3-4.
+    # KID: Binkowski et al. 2018, eq. 4, the unbiased squared MMD of the kernel (x.y/d + 1)^3, which may be negative;
+    # from all pairs, but those of copies of one image in a resample, which say nothing of the distribution.
+    # Precision, recall: Kynkäänniemi et al. 2019, eq. 1-2; density, coverage: Naeem et al. 2020, eq. 3-4.
     def compare(self, features, n_resamples: int = 0, seed: int = 0) -> PairScores:
         """Scores of generated features [M,d] against the real ones; KID resampled as `resample` does.
 
         precision: share of fakes inside a real ball; recall: share of reals inside a fake ball; density: mean
         number of real balls around a fake, over k_dc; coverage: share of real balls that hold a fake.
         """
-        _whole(0, n_resamples=n_resamples, seed=seed)
-        real, given = self.rows, _checked(features, at_least=self.k_pr + 1, like=self.rows.centre)
+        whole(0, n_resamples=n_resamples, seed=seed)
+        real, given = self.rows, as_features(features, at_least=self.k_pr + 1, like=self.rows.centre)
         fake = _Rows(given.astype(real.dtype, copy=False), real.centre, self.block)
         n, m, device = len(real.x), len(fake.x), real.centre.device
         counts = np.empty((n_resamples, m), real.dtype)
@@ -328,7 +257,7 @@ class PairReference:
         counts = torch.from_numpy(counts.T).to(device)  # [M,R]
         total, draws, nearest = _within(fake, self.k_pr, counts)
         ball_pr, ball_dc = self.nearest[:, self.k_pr - 1], self.nearest[:, self.k_dc - 1]  # [N], squared radii
-        fake_ball = nearest[:, self.k_pr - 1]  # [M]
+        fake_ball = nearest[:, -1]  # [M]
 
         across = torch.zeros(m, dtype=torch.float64, device=device)
         precise, recalled, covered = (torch.zeros(k, dtype=torch.bool, device=device) for k in (m, n, n))
@@ -376,26 +305,20 @@ class Resampled:
     value: float
     draws: np.ndarray
 
-    # The basic interval (Davison & Hinkley 1997, eq. 5.6), with the resamples centred first. A resample has fewer
-    # distinct images, which moves a Fréchet distance as a smaller n would; that shift says nothing about the
-    # spread at this n. On Gaussian toys, n above and below d, the centred interval held the expected difference
-    # in 96 to 100 % of 100 to 150 trials a setting; where n < d, percentile and basic ones fell as low as 0 %.
+    # The basic interval (Davison & Hinkley 1997, eq. 5.6), with the resamples centred first: a resample has fewer
+    # distinct images, which moves a Fréchet distance as a smaller n would. On Gaussian toys this held the expected
+    # difference in 96 to 100 % of trials; where n < d, percentile and basic intervals fell as low as 0 %.
     def interval(self, level: float = 0.95) -> Interval:
         """Interval for the statistic's expectation at this n."""
-        if not 0 < level < 1:
-            raise UserError(f"level {level}: a confidence level lies between 0 and 1")
-        if not len(self.draws):
-            raise UserError("an interval needs resamples: ask for some")
+        require(0 < level < 1, f"level {level}: a confidence level lies between 0 and 1")
+        require(len(self.draws), "an interval needs resamples: ask for some")
         low, high = np.quantile(self.draws - self.draws.mean(), [(1 - level) / 2, (1 + level) / 2])
         return Interval(self.value, float(self.value - high), float(self.value - low), level, len(self.draws))
 
     def minus(self, other: "Resampled", level: float = 0.95) -> Interval:
-        """Interval of the difference between two arms whose row i is an image from the same seed.
-
-        Each resample takes the same rows in both arms, so that what the arms share cancels.
-        """
-        if len(self.draws) != len(other.draws):
-            raise UserError(f"a paired bootstrap needs equal resamples, got {len(self.draws)}, {len(other.draws)}")
+        """Interval of the difference between two arms whose rows are of the same seeds: what they share cancels."""
+        r, others = len(self.draws), len(other.draws)
+        require(r == others, f"a paired bootstrap needs equal resamples, got {r}, {others}")
         return Resampled(self.value - other.value, self.draws - other.draws).interval(level)
 
 
@@ -408,11 +331,10 @@ def resample(statistic: Callable, arm, n_resamples: int, seed: int) -> Resampled
 
     A FrechetReference as the statistic takes its fast path; for KID see `PairReference.compare`.
     """
-    arm = _array(arm)
-    if arm.ndim < 1 or len(arm) < 2:
-        raise UserError(f"a bootstrap needs at least 2 images, got shape {arm.shape}")
-    _whole(1, n_resamples=n_resamples)
-    _whole(0, seed=seed)
+    arm = as_array(arm)
+    require(arm.ndim and len(arm) >= 2, f"a bootstrap needs at least 2 images, got shape {arm.shape}")
+    whole(1, n_resamples=n_resamples)
+    whole(0, seed=seed)
     indices = _resample_indices(len(arm), n_resamples, seed)
     if hasattr(statistic, "bootstrap_distances"):
         draws = statistic.bootstrap_distances(arm, indices)
@@ -430,18 +352,18 @@ def bootstrap(statistic: Callable, arm, n_resamples: int, seed: int, level: floa
 
 
 def _logits_labels(logits, labels) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = (_array(given).astype(np.float64) for given in (logits, labels))
-    if logits.shape != labels.shape or logits.ndim != 1 or not len(logits):
-        raise UserError(f"need a logit and a label per image, got shapes {logits.shape} and {labels.shape}")
-    if not np.isfinite(logits).all() or not np.isin(labels, (0, 1)).all():
-        raise UserError("logits must be finite and labels 0 (fake) or 1 (real)")
+    logits, labels = (as_array(given).astype(np.float64) for given in (logits, labels))
+    require(logits.shape == labels.shape and logits.ndim == 1 and len(logits),
+            f"need a logit and a label per image, got shapes {logits.shape} and {labels.shape}")
+    require(np.isfinite(logits).all() and np.isin(labels, (0, 1)).all(),
+            "logits must be finite and labels 0 (fake) or 1 (real)")
     return logits, labels
 
 
 # Naeini et al. 2015 for a binary classifier: sum over bins of share * |mean label - mean probability|
 def calibration_error(logits, labels, bins: int = 10) -> float:
     """Expected calibration error of the probability of "real", in equal bins of [0,1]; logits, labels [N]."""
-    _whole(1, bins=bins)
+    whole(1, bins=bins)
     logits, labels = _logits_labels(logits, labels)
     probability = 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
     which = np.minimum((probability * bins).astype(int), bins - 1)
@@ -460,34 +382,3 @@ def binary_scores(logits, labels) -> dict[str, float]:
         "classifier_precision": hits / said_real.sum() if said_real.any() else float("nan"),
         "classifier_recall": hits / real.sum() if real.any() else float("nan"),
     }
-
-
-# ---- features --------------------------------------------------------------------------
-
-
-def as_images(images, channels=()) -> np.ndarray:
-    """uint8 [N,H,W,C] of an array, a tensor or a list of images of one size. Raises UserError for all else.
-
-    channels: the numbers of channels that will do; none: any.
-    """
-    x = _array(images)
-    if x.dtype != np.uint8 or x.ndim != 4 or not x.size or (channels and x.shape[3] not in channels):
-        which = f" and {' or '.join(map(str, channels))} channels" if channels else ""
-        raise UserError(f"images must be uint8 [N,H,W,C] with N > 0{which}, got {x.dtype} {x.shape}")
-    return x
-
-
-def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] of images uint8 [N,H,W,C], through encode: float [B,C,H,W] in [-1,1] -> [B,d]."""
-    images, features = as_images(images), None
-    _whole(1, batch_size=batch_size)
-    with torch.inference_mode():
-        for start, batch in _blocks(images, batch_size):
-            x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2)
-            encoded = _array(encode(x.float() / 127.5 - 1))
-            if encoded.shape[:1] != (len(batch),) or encoded.ndim != 2:
-                raise UserError(f"encode made {encoded.shape} of {len(batch)} images, not [{len(batch)},d]")
-            if features is None:
-                features = np.empty((len(images), encoded.shape[1]), np.float32)
-            features[start : start + len(batch)] = encoded
-    return _checked(features)

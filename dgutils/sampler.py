@@ -1,8 +1,7 @@
 """The samplers: EDM's Heun and DDPM's ancestral. They ask a denoiser for the clean image, and know no discriminator.
 
 A denoiser here is any callable `denoise(x, sigma, step, order)`: x float64 [N, C, H, W], sigma float64 [N],
-`step` the index i of the loop, `order` 1 for the Euler predictor and 2 for the Heun corrector. Baseline,
-guided, ensemble and faulty variants are different callables.
+`step` the index i of the loop, `order` 1 for the Euler predictor and 2 for the Heun corrector.
 """
 
 import math
@@ -10,11 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.noise import PerSampleNoise, karras_sigmas
 
-# A churn of each image: S_churn [N] and S_noise [N].
-Churn = tuple[torch.Tensor, torch.Tensor]
+Churn = tuple[torch.Tensor, torch.Tensor]  # of each image: S_churn [N] and S_noise [N]
 Denoise = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 
@@ -25,16 +23,14 @@ def nfe(num_steps: int) -> int:
 
 def autocast(device, precision: str):
     """Context in which networks run in `precision`, "float32" or "bfloat16" (mixed). Raises UserError for others."""
-    if precision not in ("float32", "bfloat16"):
-        raise UserError(f"unknown precision {precision!r}: choose float32 or bfloat16")
+    require(precision in ("float32", "bfloat16"), f"unknown precision {precision!r}: choose float32 or bfloat16")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def network_denoiser(network, precision: str = "float32", class_labels=None) -> Denoise:
     """A trained `Denoiser` as the sampler's callable; its networks run in `precision`, sums in float64.
 
-    A batch with an image at one of the network's `float32_levels` runs in float32. Raises UserError for an unknown
-    precision.
+    A batch with an image at one of the network's `float32_levels` runs in float32. Raises UserError as `autocast`.
     """
     device = next(network.parameters()).device
     autocast(device, precision)
@@ -66,11 +62,7 @@ def fitted_sigmas(network, num_steps: int, sigma_min: float, sigma_max: float, r
 
 
 class NotFinite(Exception):
-    """For denoisers to raise: `what` is not finite for the images of a mask [N]. The sampler adds whose they are."""
-
-    def __init__(self, what: str, images: torch.Tensor):
-        super().__init__(what)
-        self.what, self.images = what, images
+    """For denoisers to raise: what is not finite, and for which images, a mask [N]. The sampler adds whose they are."""
 
 
 def _ask(denoise: Denoise, x, sigma, step: int, order: int, seeds):
@@ -80,25 +72,18 @@ def _ask(denoise: Denoise, x, sigma, step: int, order: int, seeds):
         finite = torch.isfinite(denoised).flatten(1).all(1)
         if finite.all():
             return denoised
-        problem = NotFinite("the denoised image", ~finite)
+        what, mask = "the denoised image", ~finite
     except NotFinite as error:
-        problem = error
-    bad = [seed for seed, is_bad in zip(seeds, problem.images.tolist(), strict=True) if is_bad]
-    raise UserError(f"sampler: {problem.what} is not finite at step {step} (sigma {sigma.max():.4g}) for seeds "
+        what, mask = error.args
+    bad = [seed for seed, is_bad in zip(seeds, mask.tolist(), strict=True) if is_bad]
+    raise UserError(f"sampler: {what} is not finite at step {step} (sigma {sigma.max():.4g}) for seeds "
                     f"{bad[:5]}: lower the guidance weights, or check the networks' weights")
 
 
-def edm_sampler(
-    denoise: Denoise,
-    noise: PerSampleNoise,
-    sigmas: torch.Tensor,
-    s_churn: float = 0.0,
-    s_min: float = 0.0,
-    s_max: float = math.inf,
-    s_noise: float = 1.0,
-    churn: Callable[[int, Churn], Churn] | None = None,
-    round_sigma: Callable[[torch.Tensor], torch.Tensor] = lambda sigma: sigma,
-) -> torch.Tensor:
+def edm_sampler(denoise: Denoise, noise: PerSampleNoise, sigmas: torch.Tensor, s_churn: float = 0.0,
+                s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0,
+                churn: Callable[[int, Churn], Churn] | None = None,
+                round_sigma: Callable[[torch.Tensor], torch.Tensor] = lambda sigma: sigma) -> torch.Tensor:
     """Images [N, C, H, W], float64, about [-1, 1]: EDM algorithm 2 (Karras et al. 2022; report, eq:denoiser).
 
     noise: one stream per image; sigmas: float64 [num_steps + 1] decreasing to 0 (`karras_sigmas`).
@@ -109,8 +94,7 @@ def edm_sampler(
     num_steps = len(sigmas) - 1
     seeds, device = noise.seeds, noise.device
     sigmas = sigmas.double().to(device)
-    base = tuple(torch.full((len(seeds),), float(value), dtype=torch.float64, device=device)
-                 for value in (s_churn, s_noise))  # fmt: skip
+    base = tuple(sigmas.new_full((len(seeds),), value) for value in (s_churn, s_noise))
     x = sigmas[0] * noise.draw(0)
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         # Algorithm 2, lines 4-6: raise the noise level by gamma, adding noise to match.
@@ -139,12 +123,10 @@ def ancestral_sampler(denoise: Denoise, noise: PerSampleNoise, sigmas: torch.Ten
     """Images [N, C, H, W], float64: DDPM's sampler (Ho et al. 2020, algorithm 2), posterior variance beta-tilde.
 
     In EDM's scaling, x = x_vp / sqrt(alpha-bar), a step from s to s' draws from q(x' | x, x_0 = D(x; s)):
-    x' = D + (s'/s)^2 (x - D) + s' sqrt(1 - (s'/s)^2) z. sigmas: float64 [num_steps + 1] decreasing to 0
-    (`vp_sigmas`). Raises UserError likewise.
+    x' = D + (s'/s)^2 (x - D) + s' sqrt(1 - (s'/s)^2) z. sigmas, errors: as of `edm_sampler` (`vp_sigmas`).
     """
     seeds, sigmas = noise.seeds, sigmas.double().to(noise.device)
-    # The chain starts where its variance is one at the VP scale, which is sqrt(1 + s^2) here.
-    x = (1 + sigmas[0] ** 2).sqrt() * noise.draw(0)
+    x = (1 + sigmas[0] ** 2).sqrt() * noise.draw(0)  # its variance at the VP scale is one
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         denoised = _ask(denoise, x, sigma.expand(len(seeds)), i, 1, seeds)
         kept = (sigma_next / sigma) ** 2

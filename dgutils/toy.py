@@ -1,8 +1,8 @@
 """A world in two dimensions where every answer is known: Gaussian mixtures under Gaussian noise.
 
-A mixture noised at any level is a mixture again, so its density, its score and its denoiser are exact, and so
-is the log-density-ratio of two mixtures: what a perfect discriminator would say. Points are images of shape
-[2, 1, 1], so that the study's own sampler and guidance run on them, in float64.
+A mixture noised at any level is a mixture again, so its density, its score and its denoiser are exact, and so is the
+log-density-ratio of two, which a perfect discriminator would say. Points are images [2, 1, 1], in float64, so that
+the study's own sampler and guidance run on them.
 """
 
 import math
@@ -25,10 +25,10 @@ class Mixture:
     stds: tuple
 
     def _components(self, x, sigma):
-        """Log of weight_k times the noised component's density, [N, K], the offsets x - mean_k, and variances."""
+        """Log of weight_k times the noised component's density, [N, K], offsets x - mean_k [N, K, 2] and variances."""
         means, stds, weights = (torch.tensor(v, dtype=torch.float64) for v in (self.means, self.stds, self.weights))
-        variance = stds**2 + sigma[:, None] ** 2  # [N, K]: noise adds to every component's variance
-        offset = x.flatten(1)[:, None] - means  # [N, K, 2]
+        variance = stds**2 + sigma[:, None] ** 2  # noise adds to every component's
+        offset = x.flatten(1)[:, None] - means
         log_parts = weights.log() - offset.square().sum(2) / (2 * variance) - torch.log(2 * math.pi * variance)
         return log_parts, offset, variance
 
@@ -53,8 +53,7 @@ class Mixture:
 class ExactDiscriminator:
     """The perfect discriminator of `data` against `model`, in the place of an Ensemble in `GuidedDenoiser`.
 
-    rule: one of `discriminator.RULES`, applied to its one logit; "raw_logits_as_probabilities" is the study's
-    fault, the others leave the logit as it is.
+    rule: one of `discriminator.RULES` for its one logit; only "raw_logits_as_probabilities", the fault, changes it.
     """
 
     def __init__(self, data: Mixture, model: Mixture, rule: str = "mean_logit"):
@@ -73,12 +72,8 @@ MODEL = Mixture((0.2, 0.2, 0.3, 0.3), ((0.5, 0.7), (-0.5, 0.4), (-0.6, -0.4), (0
 
 
 def sample(denoise, n: int, num_steps: int, first_seed: int = 0) -> np.ndarray:
-    """Points [n, 2] of seeds first_seed ... first_seed + n - 1, by the study's sampler and EDM's schedule.
-
-    A guided denoiser's own churn, which boosts, is used.
-    """
-    noise = PerSampleNoise(range(first_seed, first_seed + n), (2, 1, 1))
-    churn = getattr(denoise, "churn", None)
+    """Points [n, 2] of seeds first_seed ... first_seed + n - 1, by EDM's sampler and schedule; boosting churns."""
+    noise, churn = PerSampleNoise(range(first_seed, first_seed + n), (2, 1, 1)), getattr(denoise, "churn", None)
     return edm_sampler(denoise, noise, karras_sigmas(num_steps), churn=churn).flatten(1).numpy()
 
 

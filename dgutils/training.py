@@ -1,17 +1,16 @@
 """Training of discriminators, from the loop (`train_discriminators`, at the end) down to the loss of one head.
 
-Several heads learn side by side on one frozen extractor. Ranks, progress and checkpoints are others' business and
-come in as arguments; without them one process trains, and tells nobody.
+Several heads learn side by side on one frozen extractor. Ranks, progress and checkpoints come in as arguments.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dgutils.discriminator import CLOCKS, RESAMPLINGS, MemberConfig, perturb
-from dgutils.errors import UserError
+from dgutils.errors import require
 from dgutils.noise import TRAINING, VALIDATION, keyed_rng, sample_vp_time
 from dgutils.sampler import autocast
-
-# ---- what a training is given, and what it returns ---------------------------------------
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,10 @@ class TrainingSettings:
     """How discriminators are trained, apart from the data and the networks.
 
     members: all train side by side, and each leaves when its epochs are done.
-    seed: with the epoch it fixes the order of the images and their noise, and alone the noise of validation.
+    seed: with the epoch it fixes the images' order and noise, and alone the noise of validation.
     precision: "float32" or "bfloat16". clock: a name of CLOCKS, how extractor and heads read the VP time.
     sequential: the study's fault, one network carried through all members' settings in turn (a fresh optimiser each).
-    resampling: a name of RESAMPLINGS, which images a member sees. kept: (member, epoch) pairs whose weights are kept.
+    resampling: a name of RESAMPLINGS. kept: (member, epoch) pairs whose weights are kept.
     parts: a batch is divided into so many, which ranks share; on CPUs results depend on it, not on the number of ranks.
     """
 
@@ -61,9 +58,8 @@ class Split:
 class Callbacks:
     """Whom a training tells what.
 
-    progress(name, row): every new row of a member's history. checkpoint(tensors, info): after every pass over the data,
-    all that the training is, as flat CPU tensors and a JSON-able dict; given such a pair as `resume`, it goes on to
-    the same bits as if it had never stopped.
+    progress(name, row): every new row of a member's history. checkpoint(tensors, info): after every pass, all that the
+    training is, as flat CPU tensors and a JSON-able dict; from such a pair as `resume` it goes on to the same bits.
     """
 
     progress: Callable[[str, dict], None] | None = None
@@ -71,48 +67,35 @@ class Callbacks:
     resume: tuple[dict, dict] | None = None
 
 
-class OneProcess:
-    """What a training asks of the ranks that share it, answered for one process."""
+QUIET = Callbacks()
 
-    world = 1  # how many there are
-
-    def slice(self, n: int) -> slice:
-        """This rank's part of n things; the ranks' parts follow each other."""
-        return slice(n)
-
-    def sum(self, *tensors) -> None:
-        """Replace each tensor by its sum over all ranks, the same bits on all."""
-
-
-QUIET, ONE_PROCESS = Callbacks(), OneProcess()
+# What a training asks of the ranks that share it, answered for one process: how many they are, this one's part of n
+# things (the parts follow each other), and to replace each tensor by its sum over all ranks, the same bits on all.
+ONE_PROCESS = SimpleNamespace(world=1, slice=slice, sum=lambda *tensors: None)
 
 
 def _check(splits: list[Split], settings: TrainingSettings) -> None:
     for images, labels in ((split.images, split.labels) for split in splits):
-        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-            raise UserError(f"{len(images)} images of {images.dtype} {images.shape[1:]}: give uint8 [N, H, W, C]")
-        if len(images) != len(labels) or 2 * np.sum(labels) != len(labels):
-            raise UserError(f"{len(images)} images, {len(labels)} labels, {int(np.sum(labels))} real: "
-                            "give as many real as generated, or logits are not log-density-ratios")
-    n, members, batch_size = len(splits[0].images), settings.members, settings.batch_size
-    if not members:
-        raise UserError("no member to train: give at least one")
-    if not 1 <= batch_size <= n:
-        raise UserError(f"batch_size {batch_size}: use at most the {n} training images")
-    if not 1 <= settings.parts <= batch_size:
-        raise UserError(f"{settings.parts} parts of a batch: at least 1, at most batch_size, {batch_size}")
-    for member in members:
-        if member.epochs < 1 or not 0 < member.min_time < 1:
-            raise UserError(f"discriminator {member.name}: epochs must be >= 1 and 0 < min_time < 1")
-        if not (0 <= member.learning_rate < math.inf and 0 <= member.weight_decay < math.inf):
-            raise UserError(f"discriminator {member.name}: learning_rate {member.learning_rate} and weight_decay "
-                            f"{member.weight_decay} must be finite, not negative")
+        require(images.dtype == np.uint8 and images.ndim == 4 and len(images),
+                f"{len(images)} images of {images.dtype} {images.shape[1:]}: give uint8 [N, H, W, C]")
+        require(len(images) == len(labels) == 2 * np.sum(labels),
+                f"{len(images)} images, {len(labels)} labels, {int(np.sum(labels))} real: "
+                "give as many real as generated, or logits are not log-density-ratios")
+    n, members, size, parts = len(splits[0].images), settings.members, settings.batch_size, settings.parts
+    require(members, "no member to train: give at least one")
+    require(1 <= size <= n, f"batch_size {size}: use at most the {n} training images")
+    require(1 <= parts <= size, f"{parts} parts of a batch: at least 1, at most batch_size, {size}")
+    for one in members:
+        require(one.epochs >= 1 and 0 < one.min_time < 1,
+                f"discriminator {one.name}: epochs must be >= 1 and 0 < min_time < 1")
+        require(0 <= one.learning_rate < math.inf and 0 <= one.weight_decay < math.inf,
+                f"discriminator {one.name}: learning_rate {one.learning_rate} and weight_decay {one.weight_decay} "
+                "must be finite, not negative")
     for what, name, known in (("resampling", settings.resampling, RESAMPLINGS), ("clock", settings.clock, CLOCKS)):
-        if name not in known:
-            raise UserError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+        require(name in known, f"unknown {what} {name!r}: choose one of {', '.join(known)}")
     for m, epoch in settings.kept:
-        if not (0 <= m < len(members) and 1 <= epoch <= members[m].epochs):
-            raise UserError(f"cannot keep epoch {epoch} of member {m}: it is not trained")
+        require(0 <= m < len(members) and 1 <= epoch <= members[m].epochs,
+                f"cannot keep epoch {epoch} of member {m}: it is not trained")
 
 
 # ---- a member in training ----------------------------------------------------------------
@@ -122,15 +105,15 @@ class Trainee:
     """A member in training, and after it. Its tensors and history are all the state there is.
 
     times: int64 [N], how often it sees each training image in an epoch; keep: epochs whose weights it keeps.
-    last_state, best_state, kept["epoch<number>"]: its weights now, at the lowest validation loss, and after those
-    epochs; history: one row an epoch of losses and accuracies.
+    last_state, best_state, kept["epoch<number>"]: its weights now, at the lowest validation loss, after those epochs.
+    history: a row an epoch of losses and accuracies.
     """
 
     def __init__(self, config, head, times, keep):
         self.config, self.head, self.times, self.history, self.best_state = config, head, times, [], {}
         self.kept = {f"epoch{epoch}": {} for epoch in keep}
-        self.optimizer = torch.optim.Adam(
-            head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.Adam(head.parameters(), config.learning_rate, weight_decay=config.weight_decay,
+                                          fused=True)
 
     @property
     def last_state(self):
@@ -160,8 +143,8 @@ class Trainee:
 
     def record(self, epoch: int, train, validation) -> None:
         """Add a row to the history, of (loss, accuracy) pairs; keep weights that are the best yet, or asked for."""
-        row = {"epoch": epoch, "train_loss": train[0], "train_accuracy": train[1],
-               "val_loss": validation[0], "val_accuracy": validation[1]}  # fmt: skip
+        names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+        row = dict(zip(names, (epoch, *train, *validation), strict=True))
         if row["val_loss"] < min((r["val_loss"] for r in self.history), default=math.inf):
             self.best_state = self.last_state
         if f"epoch{epoch}" in self.kept:
@@ -179,9 +162,9 @@ class Trainee:
 
 @dataclass(frozen=True)
 class Batch:
-    """Noised images x_vp [B, C, H, W], their labels and VP times [B], and their rows in the training data.
+    """Noised images x_vp [B, C, H, W]. label, vp_time, time (as the networks read it), rows in the training data: [B].
 
-    time: as the networks read it. rows is None for validation, whose images every member sees once.
+    rows is None for validation, whose images every member sees once.
     """
 
     x_vp: torch.Tensor
@@ -199,9 +182,8 @@ class Batch:
 def noised_batches(split: Split, order, trainees, rng, settings: TrainingSettings, device):
     """Batches of split.images, noised at times of the training density on [t_min, 1]. All ranks draw the same.
 
-    t_min is the least min_time of the trainees; one with a larger min_time uses only the times at or above it, which
-    have exactly the training density of its own interval. order: of the images, for training, which leaves out an
-    incomplete last batch; None to validate on all of them as they come.
+    t_min is the trainees' least min_time; the times above another's have exactly the density of its own interval.
+    order: of the images, for training, without an incomplete last batch; None: validation, on all as they come.
     """
     learn, size = order is not None, settings.batch_size
     order = order if learn else np.arange(len(split.images))
@@ -215,38 +197,31 @@ def noised_batches(split: Split, order, trainees, rng, settings: TrainingSetting
         yield Batch(x_vp, label, vp_time, time, rows if learn else None)
 
 
-def head_loss(head, features, time, label, precision: str):
-    """Binary cross-entropy of a head on features of noised images, summed, in nats; and how many it got right.
-
-    This is Kim et al. 2023, eq. 6 (report, eq:loss): its weight by noise level lies in the density of the times.
-    """
-    with autocast(features.device, precision):
-        logit = head(features, time)[:, 0].float()
-        loss = F.binary_cross_entropy_with_logits(logit, label, reduction="sum")
-    return loss, ((logit > 0) == (label > 0.5)).sum()
-
-
 def _member_on_part(batch, part, features, precision, trainee, total):
-    """One member on one part of a batch: adds loss, hits and count to `total`, and its share to the gradients, if any.
+    """One member on the places `part` [n] of a batch, with features [n, F, h, w]; else as `part_losses`.
 
-    features [n, F, h, w]: of the images at the places `part` [n].
+    Binary cross-entropy in nats: Kim et al. 2023, eq. 6 (report, eq:loss), whose weight by noise level lies in the
+    density of the times.
     """
     seen = batch.seen_by(trainee)
     which = torch.arange(len(part)).repeat_interleave(seen[part]).to(features.device)
     if len(which) == 0:
         return
     rows = features.permute(0, 2, 3, 1)[which].permute(0, 3, 1, 2)  # an index alone would forget the fast memory layout
-    with torch.set_grad_enabled(batch.rows is not None):  # a thread has its own
-        loss, hits = head_loss(trainee.head, rows, batch.time[part][which], batch.label[part][which], precision)
+    label = batch.label[part][which]
+    with torch.set_grad_enabled(batch.rows is not None), autocast(features.device, precision):  # a thread has its own
+        logit = trainee.head(rows, batch.time[part][which])[:, 0].float()
+        loss = F.binary_cross_entropy_with_logits(logit, label, reduction="sum")
     if loss.requires_grad:
         (loss / seen.sum()).backward()
+    hits = ((logit > 0) == (label > 0.5)).sum()
     total += torch.stack([loss.detach(), hits, hits.new_tensor(len(which))])
 
 
 def part_losses(extractor, settings: TrainingSettings, each, trainees, batch: Batch, totals, number: int) -> None:
     """All members on part `number` of a batch: the extractor once, then every head on its features.
 
-    Adds loss, hits and count of every member to totals [parts, M, 3], and, for training, to its gradients.
+    Adds loss, hits and count of every member to totals [parts, M, 3], and, in training, to its gradients.
     """
     part, device = torch.arange(len(batch.label)).tensor_split(settings.parts)[number], batch.label.device
     if len(part) == 0:  # there are fewer images than parts
@@ -259,8 +234,7 @@ def part_losses(extractor, settings: TrainingSettings, each, trainees, batch: Ba
 def sum_gradients(parameters, parts: int, backward: Callable[[int], None], ranks) -> None:
     """Leave in each parameter the gradient that backward(0) ... backward(parts - 1) add up to, dealt to the ranks.
 
-    Each part is one rank's, and they are added in their order, so that the same bits come out however many ranks
-    there are. The optimiser's step after it is every rank's own.
+    They are added in their order: the same bits come out however many ranks there are.
     """
     parameters = list(parameters)
     table = parameters[0].new_zeros(parts, sum(parameter.numel() for parameter in parameters))
@@ -270,7 +244,7 @@ def sum_gradients(parameters, parts: int, backward: Callable[[int], None], ranks
         backward(part)
         torch.cat([parameter.grad.reshape(-1) for parameter in parameters], out=table[part])
     ranks.sum(table)  # zeros of all ranks but one: nothing is rounded here
-    total = functools.reduce(torch.add, table)
+    total = reduce(torch.add, table)
     for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
 
@@ -280,18 +254,16 @@ def mean_scores(totals, trainees, ranks) -> list:
     ranks.sum(totals)
     totals = totals.cumsum(0)[-1]
     for trainee, loss in zip(trainees, totals[:, 0].tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise UserError(f"discriminator {trainee.config.name}: its loss is not finite in epoch "
-                            f"{len(trainee.history) + 1}: lower its learning rate")
+        require(math.isfinite(loss), f"discriminator {trainee.config.name}: its loss is not finite in epoch "
+                                     f"{len(trainee.history) + 1}: lower its learning rate")
     return (totals[:, :2] / totals[:, 2:]).tolist()
 
 
 @contextmanager
 def _side_by_side(device):
-    """Yields each(function, *sequences), which calls the function with the first of all, the second of all, and so on.
+    """Yields each(function, *sequences), a `map` that is done when it returns.
 
-    On a CPU each call has one thread, and as many run at once as there are threads: heads are too small for more,
-    and their gradients' last bits would depend on the number.
+    On a CPU the calls run side by side, each in one thread: the last bits of gradients depend on the number.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu":
@@ -305,10 +277,7 @@ def _side_by_side(device):
 
 
 def _for_device(settings: TrainingSettings, device, ranks) -> TrainingSettings:
-    """On a GPU as many parts as ranks: it waits for launches, and those of a part take as long as those of a batch.
-
-    Sums are then rounded otherwise for other numbers of ranks, as they are on other GPUs.
-    """
+    """On a GPU as many parts as ranks: it waits for launches, as many for a part as for a batch."""
     return settings if device.type == "cpu" else replace(settings, parts=min(settings.parts, ranks.world))
 
 
@@ -329,11 +298,8 @@ def _snapshot(trainees, passes_done: int) -> tuple[dict, dict]:
     return tensors, {"rounds_done": passes_done, "histories": [list(trainee.history) for trainee in trainees]}
 
 
-def _restore(trainees, snapshot) -> int:
+def _restore(trainees, tensors, info) -> int:
     """Put the trainees where they were, and return how many passes are done."""
-    if snapshot is None:
-        return 0
-    tensors, info = snapshot
     for m, trainee in enumerate(trainees):
         own = {key.removeprefix(f"{m}."): value for key, value in tensors.items() if key.startswith(f"{m}.")}
         trainee.load(own, list(info["histories"][m]))
@@ -345,18 +311,17 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
                          ranks=ONE_PROCESS) -> list[Trainee]:  # fmt: skip
     """Train independent heads on a frozen extractor's features of noised images, real against generated.
 
-    make_head(m): a fresh head of member m. ranks: what `OneProcess` is for one; all ranks call this alike.
+    make_head(m): a fresh head of member m. ranks: as `ONE_PROCESS`; all call this alike.
     Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, unusable settings.
     """
     _check([learn, validate], settings)
-    device = next(extractor.parameters()).device
+    device = next(extractor.eval().requires_grad_(False).parameters()).device
     settings = _for_device(settings, device, ranks)
     parts = settings.parts
-    extractor.eval().requires_grad_(False)
     times = RESAMPLINGS[settings.resampling](np.asarray(learn.labels), len(settings.members), settings.seed)
     trainees = [Trainee(config, make_head(m).to(device), times[m], [epoch for k, epoch in settings.kept if k == m])
                 for m, config in enumerate(settings.members)]  # fmt: skip
-    done = _restore(trainees, callbacks.resume)
+    done = _restore(trainees, *callbacks.resume) if callbacks.resume else 0
     with _side_by_side(device) as each:
         losses = partial(part_losses, extractor, settings, each)
         for number, (epoch, active) in list(enumerate(_passes(settings)))[done:]:

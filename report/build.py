@@ -15,16 +15,31 @@ from dgutils.paths import repo_root, results_dir
 from dgutils.results.records import (
     Results,
     causes,
-    format_interval,
-    format_number,
-    format_value,
-    latex_escape,
     load_results,
+    printed,
     write_if_changed,
 )
 from report import diagram, trace
 
 MODES = {"preprint": "preprint", "final": "final", "submission": ""}  # -> the style file's option
+
+
+def latex_escape(text: str) -> str:
+    """Text in which LaTeX sees no commands."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return re.sub(r"[\\~^{}$&#_%]", lambda match: special.get(match[0], "\\" + match[0]), text)
+
+
+def latex_parts(record: dict) -> list[str]:
+    """A record's value, interval and unit in LaTeX: numbers have a minus for a hyphen."""
+    value, interval, unit = printed(record)
+    number, interval = (re.sub(r"(?<!\d)-(?=\d)", r"\\ensuremath{-}", text) for text in (value, interval))
+    return [latex_escape(value) if isinstance(record["value"], str) else number, interval, latex_escape(unit)]
+
+
+def latex_value(record: dict) -> str:
+    """A record in LaTeX: value, interval and unit, which no line ends between."""
+    return "~".join(filter(None, latex_parts(record)))
 
 
 def slug(head: str) -> str:
@@ -39,14 +54,13 @@ def numbers(results: Results) -> dict[tuple[str, str], str]:
     """(what, key) -> LaTeX text, for the records, tables and provenance of a profile."""
     found = {("body", "compute"): computing(results), ("body", "parity"): parity(repo_root() / "docs" / "parity.md")}
     for key, record in results.records.items():
-        found |= {
-            ("result", key): format_value(record, latex=True), ("value", key): format_number(record, latex=True),
-            ("interval", key): format_interval(record, latex=True),
-            ("count", key): f"{record['n']:,}" if record.get("n") else "",
-        }  # fmt: skip
+        value, interval, _ = latex_parts(record)
+        found |= {("result", key): latex_value(record), ("value", key): value, ("interval", key): interval,
+                  ("count", key): f"{record['n']:,}" if record.get("n") else ""}  # fmt: skip
     for slot, words in spaces(results).items():
         found |= {("space", slot): words, ("body", f"per_training.{slot}"): per_training(results, slot)}
-        found |= {("cause", f"{kind}.{slot}"): text for kind, text in causes(results, slot, latex=True).items()}
+        found |= {("cause", f"{kind}.{slot}"): text
+                  for kind, text in causes(results, slot, latex_value, latex_escape).items()}  # fmt: skip
     for name in results.tables:
         found |= table(results, name)
     names = [*results.records, *(f"figure:{name}" for name in results.figures),
@@ -63,6 +77,12 @@ def dataset(results: Results) -> str:
     return {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}.get(name) or latex_escape(name)
 
 
+def watermark(results: Results) -> str:
+    """What every page made from these results must say; '' only if the profile itself says so."""
+    record = results.records.get("settings.watermark")
+    return str(record["value"]) if record else results.profile
+
+
 def spaces(results: Results) -> dict[str, str]:
     """The feature spaces in words, by the names that records have for them: first, second."""
     settings = [results.records.get(f"settings.{name}", {}).get("value") for name in
@@ -76,7 +96,7 @@ def spaces(results: Results) -> dict[str, str]:
 
 def table(results: Results, name: str) -> dict[tuple[str, str], str]:
     """The cells of a table, its caption, the names of its columns, and the number of its rows without the heads."""
-    heads, *rows = results.cells(name, latex=True)
+    heads, *rows = results.cells(name, latex_value, latex_escape)
     columns = []
     for head in map(slug, results.tables[name]["columns"][1:]):  # of two heads alike the second is head-2
         columns.append(f"{head}-{columns.count(head) + 1}" if head in columns else head)
@@ -116,8 +136,8 @@ def per_training(results: Results, slot: str) -> str:
     count = 1
     while all(f"{key}.training{count}" in results.records for key in keys):
         count += 1
-    lines = [(str(i), *(format_number(results[f"{key}.training{i}"]) for key in keys)) for i in range(1, count)]
-    means = [("mean", *(format_value(results[key]) for key in keys))] if lines else []
+    lines = [(str(i), *(printed(results[f"{key}.training{i}"])[0] for key in keys)) for i in range(1, count)]
+    means = [("mean", *(results.text(key) for key in keys))] if lines else []
     if not lines:
         return ""
     return re.sub(r"(?<=[ \[])-(?=\d)", r"\\ensuremath{-}", tabular(["Training", *arms.values()], lines + means))
@@ -180,7 +200,7 @@ def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | st
     lines = ["% Written by report/build.py from the results of one profile; edits are lost.",
              rf"\def\dgprofile{{{latex_escape(profile)}}}",
              rf"\def\dgdataset{{{dataset(results)}}}",
-             rf"\def\dgwatermark{{{latex_escape(results.watermark)}}}",
+             rf"\def\dgwatermark{{{latex_escape(watermark(results))}}}",
              r"\def\dgstale{" + "".join(rf"\item {latex_escape(line)}" for line in stale) + "}",
              *(rf"\dg@set{{{what}}}{{{key}}}{{{text}}}" for (what, key), text in sorted(numbers(results).items())), ""]
     write_if_changed(out_dir / "numbers.tex", "\n".join(lines))

@@ -16,7 +16,7 @@ from pygments.formatters import HtmlFormatter
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir, repo_root, runs_dir
 from dgutils.results.records import SUMMARY, Results, load_results, why, write_if_changed
-from report.build import Parser, script, spaces
+from report.build import Parser, script, spaces, watermark
 from report.trace import revision, stale
 
 STYLE = """
@@ -106,7 +106,7 @@ def build(profile: str) -> Path:
             shutil.copy(picture, site / "figures")
             figures.append(f'<figure><img src="figures/{name}.png" alt="{name}"><figcaption>{caption} '
                            f'<a href="{results.figures[name]["notebook"]}.html">{name}</a></figcaption></figure>')
-    notes = [f"Profile {results.watermark}: a demonstration."] if results.watermark else []
+    notes = [f"Profile {mark}: a demonstration."] if (mark := watermark(results)) else []
     tables = [name for name in ("ledger", *SUMMARY, "ladder", "trainings") if name in results.tables]
     answer = [f"<p>{html.escape(text)}</p>" for text in why(results, spaces(results))]
     run = next(iter(results.runs.values()))

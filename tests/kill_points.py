@@ -28,19 +28,19 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import test_jobs as tiny  # noqa: E402
+from ledgers import blank_ledger  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from dgutils.discriminator import MemberConfig  # noqa: E402
 from dgutils.pipeline import jobs, store  # noqa: E402
 from dgutils.pipeline.store import Store  # noqa: E402
-from dgutils.results import plots  # noqa: E402
-from dgutils.results import records as results  # noqa: E402
+from dgutils.results import ledger, plots  # noqa: E402
 from report.build import write_latex  # noqa: E402
 
 # Manifests name the code's revision, and somebody may commit meanwhile.
 ABOUT = store.provenance() | {"revision": None}
-store.provenance = results.provenance = lambda: ABOUT
+store.provenance = ledger.provenance = lambda: ABOUT
 
 MEMBERS = (MemberConfig("a", 1e-2, 0.0, 8), MemberConfig("b", 1e-3, 1e-7, 5, 0.01))
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}  # and files opened to be written
@@ -82,9 +82,9 @@ def features(folder):
 def report(folder):
     """Records, tables, the report's LaTeX and a figure, from images that are there."""
     pixels = images(folder).images
-    recorder = results.Recorder("smoke", "01_kill")
+    recorder = blank_ledger("smoke", "01_kill")
     for i, image in enumerate(pixels):
-        recorder.record(f"mean.{i}", image.mean(), label="mean grey level", cell="report", n=1)
+        recorder.value(f"mean.{i}", image.mean(), label="mean grey level", section="report", n=1)
     recorder.table("means", ["image", "mean"], [(str(i), f"mean.{i}") for i in range(len(pixels))])
     recorder.write()
     write_latex("smoke")

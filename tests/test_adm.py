@@ -6,16 +6,10 @@ import torch
 
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints
-from dgutils.networks.adm import (
-    PUBLISHED_EXTRACTOR,
-    PUBLISHED_HEAD,
-    AttentionBlock,
-    AttentionPool,
-    EncoderUNet,
-    GroupNorm,
-    timestep_embedding,
-)
+from dgutils.networks.adm import AttentionBlock, AttentionPool, EncoderUNet, GroupNorm, timestep_embedding
+from dgutils.networks.weights import published
 
+PUBLISHED_EXTRACTOR, PUBLISHED_HEAD = published("32x32_classifier").config, published("discriminator_60").config
 SMALL = dict(image_size=16, in_channels=2, model_channels=32, out_channels=5, num_res_blocks=1,
              attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=32)
 
@@ -44,7 +38,7 @@ def test_published_parameter_counts():
 def test_published_names_and_shapes():
     with torch.device("meta"):
         extractor = EncoderUNet(**PUBLISHED_EXTRACTOR)
-        head = EncoderUNet(**PUBLISHED_HEAD, num_classes=1000)
+        head = EncoderUNet(**PUBLISHED_HEAD | {"num_classes": 1000})
     shapes = {name: tuple(value.shape) for name, value in extractor.state_dict().items()}
     assert extractor.feature_shape == (512, 8, 8)
     for name, shape in {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_jobs as tiny
 import torch
+from ledgers import blank_ledger
 
 from dgutils import datasets, guidance, metrics, noise
 from dgutils.cli import main as __main__
@@ -20,7 +21,7 @@ from dgutils.networks.edm import Denoiser
 from dgutils.networks.features import image_features
 from dgutils.pipeline import jobs
 from dgutils.pipeline.store import Store
-from dgutils.results import records as results
+from dgutils.results.records import Results
 from dgutils.sampler import autocast, edm_sampler, network_denoiser
 from dgutils.training import Split, TrainingSettings, train_discriminators
 
@@ -66,8 +67,8 @@ def images(store, **changes):
 
 
 def record(**changes):
-    about = dict(key="a", value=1.0, label="a", cell="c") | changes
-    results.Recorder("smoke", "01_a").record(about.pop("key"), about.pop("value"), **about)
+    about = dict(key="a", value=1.0, label="a", section="c") | changes
+    blank_ledger("smoke", "01_a").value(about.pop("key"), about.pop("value"), **about)
 
 
 def nan_at(features, row):
@@ -185,8 +186,8 @@ CASES = {
     "result key": (lambda s: record(key="A b"), "result key 'A b'"),
     "interval upside down": (lambda s: record(interval=(2.0, 1.0), level=0.95), "is not .low, high."),
     "interval without level": (lambda s: record(interval=(1.0, 2.0)), "an interval needs its level"),
-    "row of another length": (lambda s: results.Recorder("smoke", "01_a").table("t", ["a", "b"], [("x",)]), "every row needs 2 cells"),
-    "result that nobody recorded": (lambda s: results.Results("smoke", {}, {})["fd"], "no result 'fd' in profile smoke"),
+    "row of another length": (lambda s: blank_ledger("smoke", "01_a").table("t", ["a", "b"], [("x",)]), "every row needs 2 cells"),
+    "result that nobody recorded": (lambda s: Results("smoke", {}, {})["fd"], "no result 'fd' in profile smoke"),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dgutils.cli import main as cli
 from dgutils.errors import UserError
-from dgutils.networks import adm, checkpoints, pretrain, weights
+from dgutils.networks import checkpoints, pretrain, weights
 from dgutils.networks.adm import EncoderUNet
 from dgutils.networks.edm import Denoiser
 from dgutils.networks.inspection import inspect
@@ -345,11 +345,6 @@ def test_weights_digest_is_the_files(folder):
 
 
 def test_registry_and_architectures_agree():
-    def plain(config):
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
-
-    assert weights.published("32x32_classifier").config == plain(adm.PUBLISHED_EXTRACTOR)
-    assert weights.published("discriminator_60").config == plain(adm.PUBLISHED_HEAD) | {"num_classes": 0}
     counts = {name: sum(math.prod(shape) for shape in checkpoints._shapes(e.kind, e.config).values())
               for name, e in weights.registry().items() if e.config}  # fmt: skip
     for name, count in counts.items():  # 4 bytes a number; an EDM file also has about 0.2 MB of structure

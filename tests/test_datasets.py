@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import datasets
+from dgutils import datasets, sources
 from dgutils.errors import UserError
 
 
@@ -94,7 +94,7 @@ def test_failed_download_is_one_line_that_begins_with_what_failed(tmp_path, monk
         raise RuntimeError("Error downloading a.gz:\n  Tried one mirror:\n  <urlopen error>\n")
 
     monkeypatch.setenv("DGUTILS_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "_from_torchvision", fail)
+    monkeypatch.setattr(sources, "_from_torchvision", fail)
     with pytest.raises(UserError) as caught:
         datasets.load_dataset.__wrapped__("cifar10", "test")
     assert str(caught.value).startswith("cannot read cifar10 (test): Error downloading a.gz: Tried one mirror: <url")
@@ -131,7 +131,7 @@ def cifar(tmp_path, monkeypatch):
     """A folder for DGUTILS_DATA, and CIFAR-10's real test images and labels."""
     images, labels = datasets.load_dataset("cifar10", "test")
     monkeypatch.setenv("DGUTILS_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "_from_torchvision", lambda *args: pytest.fail("it was not found"))
+    monkeypatch.setattr(sources, "_from_torchvision", lambda *args: pytest.fail("it was not found"))
     datasets.load_dataset.cache_clear()
     yield tmp_path, images[::-1], labels[::-1]
     datasets.load_dataset.cache_clear()

@@ -36,6 +36,13 @@ def test_preconditioning_formula():
     assert (network(x, sigma) - expected).abs().max() < 1e-12
 
 
+def test_a_residual_encoder_adds_its_bias_in_float32_in_mixed_precision_too():
+    layer = edm.Conv2d(3, 4, 3, down=True, fused=True, resample_filter=(1, 3, 3, 1))
+    layer.bias.data.fill_(1 + 2**-12)  # bfloat16 would round it to one
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (layer(torch.zeros(1, 3, 8, 8)) == 1 + 2**-12).all()
+
+
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_layouts_agree(patch_size):
     """channels-last takes our group norm, contiguous torch's: the same numbers."""

@@ -130,14 +130,14 @@ def test_missing_data_package_is_no_failure(bare_machine):
         assert result.returncode == 0 and "apt-get install dataset-fashion-mnist" in result.stderr
 
 
+GROUND = ("errors", "paths", "files", "machine", "arrays", "sources")
 ROOMS = ("ground", "method", "networks", "pipeline", "results", "cli")
-GROUND = [["errors"], ["files"], ["machine"], ["paths"]]
 
 
 def room_of(module: str) -> str:
     """The room of dgutils.x or dgutils.room.x."""
     parts = module.split(".")
-    return parts[1] if parts[1] in ROOMS else "ground" if parts[1:] in GROUND else "method"
+    return parts[1] if parts[1] in ROOMS else "ground" if parts[1] in GROUND else "method"
 
 
 def imported(path: Path) -> set[str]:
@@ -165,6 +165,16 @@ def test_rooms_import_one_way_lazy_imports_included():
         wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imported(path)
                   if ROOMS.index(room_of(name)) > ROOMS.index(room)]
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_the_method_fits_a_reader_and_the_module_does_not_grow():
+    """The aim for the module is 6,000 lines; until it is reached, this holds what was reached."""
+    lines = {}
+    for path in (ROOT / "dgutils").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        room = "door" if parts[-1].startswith("__") else room_of(".".join(parts))
+        lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
+    assert lines["method"] <= 1500 and sum(lines.values()) <= 8400, lines
 
 
 def test_no_modules_import_each_other_in_a_circle_lazy_imports_included():

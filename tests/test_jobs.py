@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from dgutils.arrays import as_features
 from dgutils.discriminator import MemberConfig
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints
+from dgutils.networks import features as spaces
 from dgutils.networks.adm import EncoderUNet
 from dgutils.networks.edm import Denoiser
 from dgutils.pipeline import jobs
@@ -323,15 +325,15 @@ def test_numbers_change_only_with_their_version(store):
 
 
 def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypatch):
-    images, extract = jobs.image_set(store, sampling(), 24, 100).ensure(), jobs.metrics.extract
+    images, extract = jobs.image_set(store, sampling(), 24, 100).ensure(), spaces.extract
     bad = images.images[[10, 17]]
 
     def spoilt(pixels, encode, *arguments, **options):
         features = extract(pixels, encode, *arguments, **options)
         features[[any(np.array_equal(image, other) for other in bad) for image in pixels]] = np.nan
-        return jobs.metrics._checked(features)
+        return as_features(features)
 
-    monkeypatch.setattr(jobs.metrics, "extract", spoilt)
+    monkeypatch.setattr(spaces, "extract", spoilt)
     monkeypatch.setattr(jobs, "FEATURE_SHARD", 8)
     with pytest.raises(UserError, match=r"images: the tiny features of 1 images are not finite, seeds \[110\]: look"):
         jobs.features(store, images, "tiny")

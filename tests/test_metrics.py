@@ -10,6 +10,7 @@ from scipy.linalg import sqrtm
 
 from dgutils import metrics
 from dgutils.errors import UserError
+from dgutils.networks import features
 
 
 def gaussian(seed, n, d, scale=1.0, shift=0.0):
@@ -288,7 +289,7 @@ def test_binary_scores_closed_form():
 def test_extract_hands_over_images_in_order_and_in_range():
     images = np.random.default_rng(21).integers(0, 256, (5, 2, 3, 1), dtype=np.uint8)
     images[0, 0, 0, 0], images[0, 1, 1, 0] = 0, 255
-    got = metrics.extract(images, lambda x: x.flatten(1), 2)
+    got = features.extract(images, lambda x: x.flatten(1), 2)
     assert got.dtype == np.float32 and got.min() == -1 and got.max() == 1
     assert abs(got - (images.reshape(5, 6) / 127.5 - 1)).max() < 1e-6
 
@@ -316,7 +317,7 @@ GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
     (lambda: metrics.FeatureStats(GOOD).all_reduce(4, lambda tensor: None), "dimensions differ"),
     (lambda: paired(np.mean, GOOD, GOOD, 10, seed=0, other_resamples=9), "equal resamples"),
     (lambda: metrics.binary_scores([0.0], [0.5]), "labels 0"),
-    (lambda: metrics.extract(np.zeros((0, 4, 4, 3), np.uint8), lambda x: x), "N > 0"),
+    (lambda: features.extract(np.zeros((0, 4, 4, 3), np.uint8), lambda x: x), "N > 0"),
 ])
 def test_errors_are_one_clear_line(call, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -370,7 +371,7 @@ def test_images_come_in_any_reasonable_form(form):
     def encode(x):
         return x.mean((2, 3)).to(torch.bfloat16).requires_grad_()
 
-    assert np.array_equal(metrics.extract(form(IMAGES), encode, 2), metrics.extract(IMAGES, encode, 5))
+    assert np.array_equal(features.extract(form(IMAGES), encode, 2), features.extract(IMAGES, encode, 5))
 
 
 def huge(size, dtype):
@@ -390,16 +391,16 @@ def test_features_too_large_for_a_score_are_refused(size, dtype):
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1), 0), "batch_size 0: give a whole number, at least 1"),
-    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1), -3), "batch_size -3"),
-    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1), 2.5), "batch_size 2.5"),
-    (lambda: metrics.extract(IMAGES[0], lambda x: x), r"uint8 \[N,H,W,C\] with N > 0, got uint8 \(4, 4, 3\)"),
-    (lambda: metrics.extract([IMAGES[0], IMAGES[0, :2]], lambda x: x), "list of equal shapes"),
-    (lambda: metrics.extract(None, lambda x: x), "no array of real numbers"),
-    (lambda: metrics.extract(IMAGES, lambda x: x), r"encode made \(5, 3, 4, 4\) of 5 images, not \[5,d\]"),
-    (lambda: metrics.extract(IMAGES, lambda x: x.mean((0, 2, 3))), "encode made"),
-    (lambda: metrics.extract(IMAGES, lambda x: None), "no array of real numbers"),
-    (lambda: metrics.extract(IMAGES, lambda x: x.flatten(1) / 0), "feature rows are not finite"),
+    (lambda: features.extract(IMAGES, lambda x: x.flatten(1), 0), "batch_size 0: give a whole number, at least 1"),
+    (lambda: features.extract(IMAGES, lambda x: x.flatten(1), -3), "batch_size -3"),
+    (lambda: features.extract(IMAGES, lambda x: x.flatten(1), 2.5), "batch_size 2.5"),
+    (lambda: features.extract(IMAGES[0], lambda x: x), r"uint8 \[N,H,W,C\] with N > 0, got uint8 \(4, 4, 3\)"),
+    (lambda: features.extract([IMAGES[0], IMAGES[0, :2]], lambda x: x), "list of equal shapes"),
+    (lambda: features.extract(None, lambda x: x), "no array of real numbers"),
+    (lambda: features.extract(IMAGES, lambda x: x), r"encode made \(5, 3, 4, 4\) of 5 images, not \[5,d\]"),
+    (lambda: features.extract(IMAGES, lambda x: x.mean((0, 2, 3))), "encode made"),
+    (lambda: features.extract(IMAGES, lambda x: None), "no array of real numbers"),
+    (lambda: features.extract(IMAGES, lambda x: x.flatten(1) / 0), "feature rows are not finite"),
     (lambda: metrics.kid(X, "features"), "no array of real numbers"),
     (lambda: metrics.kid(X + 1j, Y), "an array of complex64 is no array of real numbers"),
     (lambda: metrics.kid([[1.0, 2.0], [3.0]], Y), "list of equal shapes"),

@@ -7,9 +7,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dgutils import __main__, results
+from dgutils import __main__
 from dgutils.pipeline import cells
 from dgutils.pipeline.parameters import Parameters
+from dgutils.results.records import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))
@@ -89,6 +90,63 @@ def test_code_cells_have_at_most_15_lines(path):
     assert not long
 
 
+def statements(body: list[ast.stmt]):
+    """All statements, those inside others too; a function is one."""
+    for node in body:
+        yield node
+        if not isinstance(node, ast.FunctionDef):
+            yield from statements([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.stmt)])
+
+
+def own(node: ast.stmt) -> list[ast.AST]:
+    """The parts of a statement, without those of the statements inside it, unless it is a function."""
+    outer = [part for part in ast.iter_child_nodes(node)
+             if not isinstance(part, ast.stmt) or isinstance(node, ast.FunctionDef)]  # fmt: skip
+    return [part for top in outer for part in ast.walk(top)]
+
+
+def keeping_books(nodes: list[ast.stmt]) -> set[ast.stmt]:
+    """The statements that call the ledger, those that only make what such statements read, and what holds only them."""
+    books = {node for node in nodes if any(isinstance(part, ast.Call) and re.match(r"ledger\.|results\.|Ledger$",
+                                                                                   ast.unparse(part.func))
+                                           for part in own(node))}  # fmt: skip
+    names = {node: [(part.id, type(part.ctx)) for part in own(node) if isinstance(part, ast.Name)] for node in nodes}
+    while True:
+        more = set()
+        for node in set(nodes) - books:
+            inside = list(statements([part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)]))
+            made = {name for name, context in names[node] if context is ast.Store}
+            readers = {other for other in nodes if other is not node and made & {
+                name for name, context in names[other] if context is ast.Load}}  # fmt: skip
+            only_for_books = isinstance(node, ast.Assign | ast.AugAssign) and readers and readers <= books
+            if only_for_books or (inside and not isinstance(node, ast.FunctionDef) and books.issuperset(inside)):
+                more.add(node)
+        if not more:
+            return books
+        books |= more
+
+
+def lines_of(node: ast.stmt) -> int:
+    """The lines of a statement, without those of the statements inside it, unless it is a function."""
+    inside = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)]
+    return (inside[0].lineno if inside and not isinstance(node, ast.FunctionDef) else node.end_lineno + 1) - node.lineno
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_less_than_a_third_of_the_code_keeps_books(path):
+    """Parameters and setup are left out."""
+    nodes = [node for cell in code_cells(path)[2:] for node in statements(ast.parse(cell.source).body)]
+    books = keeping_books(nodes)
+    assert books, "no notebook is without a ledger"
+    assert 3 * sum(map(lines_of, books)) < sum(map(lines_of, nodes))
+
+
+def test_what_only_a_ledger_reads_is_books():
+    source = "a = 1\nb = 2\nlabel = str(a)\nfor i in range(a):\n    ledger.value('x', i, label)\nprint(a + b)"
+    nodes = list(statements(ast.parse(source).body))
+    assert sorted(node.lineno for node in keeping_books(nodes)) == [3, 4, 5]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
 def test_notebooks_use_what_they_import(path):
     tree = ast.parse("\n".join(cell.source for cell in code_cells(path)))
@@ -137,7 +195,7 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     assert "MISS" not in again.out + again.err
     assert {path: path.read_bytes() for path in written} == before
     assert {path: path.read_bytes() for path in figures} == figures
-    recorded = results.load_results("smoke")
+    recorded = load_results("smoke")
     arms = recorded.cells("arms")
     assert len(arms) > 3 and all(cell for row in arms for cell in row[:2])
     text = "".join(path.read_text() for path in (ROOT / "report" / "sections").glob("*.tex"))

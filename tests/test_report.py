@@ -10,13 +10,14 @@ import matplotlib
 import nbformat
 import numpy as np
 import pytest
+from ledgers import blank_ledger
 from matplotlib.figure import Figure
 from pypdf import PdfReader
 
 from dgutils.errors import UserError
 from dgutils.pipeline import parameters
 from dgutils.results import plots
-from dgutils.results.records import Recorder, Results, load_results, published
+from dgutils.results.records import Results, load_results, published
 from report import build as report
 from report import check as check_report
 
@@ -50,16 +51,19 @@ def test_every_figure_and_table_of_the_text_is_made():
 
 def test_a_guide_that_never_acts_is_a_line_of_the_legend():
     never = np.full((2, 3), np.nan)
-    figure = plots.fault(np.array([0.1, 1.0]), {"all": np.ones(2)}, {"right": np.ones((2, 3)), "fault": never})
-    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["right", "fault"]
+    figure, ax = plots.panels()
+    plots.bands(ax, np.array([0.1, 1.0]), {"right": np.ones((2, 3)), "fault": never})
+    plots.legend_above(ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["right", "fault"]
 
 
 def test_what_a_user_sets_for_matplotlib_changes_no_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
 
     def drawn() -> bytes:
-        fig = plots.norms_by_step(np.geomspace(80, 0.002, 5), {"a": np.ones((5, 2)), "b": np.eye(5)}, (0.1, 10))
-        return plots.save_figure(fig, "smoke", "06_norms").data
+        history = [dict(epoch=i, train_loss=0.7, val_loss=0.6, train_accuracy=0.5, val_accuracy=0.6) for i in (1, 2)]
+        fig = plots.training_curves({"a": history}, 0.69)
+        return plots.save_figure(fig, "smoke", "02_training_curves").data
 
     usual = drawn()
     with matplotlib.rc_context({"lines.linewidth": 9, "font.family": "monospace", "axes.facecolor": "red",
@@ -103,14 +107,14 @@ def test_every_source_of_the_list_is_cited():
 
 
 def test_settings_of_a_run_are_recorded(tmp_path):
-    recorder = Recorder("quick", "01_fake_samples", tmp_path)
+    recorder = blank_ledger("quick", "01_fake_samples", tmp_path)
     recorder.settings(dict(num_steps=18, sigma_max=80.0, min_time=1e-5, boosting="none", epochs=[60, 40], watermark=""))
     recorder.write()
     loaded = load_results("quick", tmp_path)
     assert {key: loaded.text(key) for key in recorder.records} == {
         "settings.num_steps": "18", "settings.sigma_max": "80", "settings.min_time": "1e-05",
         "settings.boosting": "none", "settings.epochs": "60, 40", "settings.watermark": ""}
-    assert loaded.watermark == ""
+    assert report.watermark(loaded) == ""
 
 
 # --- its form
@@ -195,16 +199,16 @@ def invented(tmp_path_factory) -> Path:
         plots.save_figure(fig, "smoke", "00_figure")
         for name in FIGURES:
             shutil.copy(folder / "figures/smoke/00_figure.pdf", folder / f"figures/smoke/{name}.pdf")
-        recorders = [Recorder("smoke", path.stem) for path in sorted(ROOT.glob("notebooks/0*.ipynb"))]
+        recorders = [blank_ledger("smoke", path.stem) for path in sorted(ROOT.glob("notebooks/0*.ipynb"))]
         first = recorders[0]
         first.settings(parameters.load("smoke"))
         for key in set(KEYS) - published().keys() - first.records.keys():
-            first.record(key, 1.25, label="invented & more", cell="none", interval=(1.0, 1.5), level=0.95, n=1000)
+            first.value(key, 1.25, label="invented & more", section="none", interval=(1.0, 1.5), level=0.95, n=1000)
         ladder = []  # of two faults
         for rung, slot in itertools.product(("without_raw_logits", "correct", "only_raw_logits", "only_wrong_file"),
                                             ("first", "second")):
             for key in (f"ladder.{rung}.{slot}.kid_change", f"ladder.{rung}.step.{slot}.kid_change"):
-                first.record(key, -1.25, label="invented", cell="none", interval=(-1.5, -1.0), level=0.95)
+                first.value(key, -1.25, label="invented", section="none", interval=(-1.5, -1.0), level=0.95)
             ladder.append((rung.replace("only_", "only: "), f"ladder.{rung}.{slot}.kid_change"))
         columns = {name: {"a-long-head-of-a-column"} for name in [*TABLES, *used("rescaption")]}
         for names, name in re.findall(r"\\dgtable(?:\[([^]]*)\])?{(\w+)}", TEXT):

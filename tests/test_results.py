@@ -5,20 +5,20 @@ import shutil
 
 import numpy as np
 import pytest
+from ledgers import blank_ledger
 
 from dgutils.errors import UserError
+from dgutils.results import ledger
 from dgutils.results import records as results
 from dgutils.results.records import (
-    Recorder,
     format_value,
-    latex_escape,
     load_results,
     print_summary,
     published,
 )
-from report.build import write_latex
+from report.build import latex_escape, latex_value, write_latex
 
-WHERE = dict(label="FD", cell="The table of arms")
+WHERE = dict(label="FD", section="The table of arms")
 
 
 @pytest.fixture
@@ -28,13 +28,13 @@ def root(tmp_path):
 
 def evaluation(root, fd=13.812345678901234, profile="quick"):
     """The recorder of a small evaluation notebook."""
-    recorder = Recorder(profile, "04_evaluation", root)
-    recorder.record("fd.unguided", 25.3, interval=(24.8, 25.9), level=0.95, n=1000, seeds=range(50, 1050),
+    recorder = blank_ledger(profile, "04_evaluation", root)
+    recorder.value("fd.unguided", 25.3, interval=(24.8, 25.9), level=0.95, n=1000, seeds=range(50, 1050),
                     **WHERE)
-    recorder.record("fd.ensemble", fd, interval=(13.1, 14.6), level=0.95, artifacts=["ab" * 32], **WHERE)
-    recorder.record("kid.ensemble", np.float32(-0.00012), digits=4, **WHERE)
-    recorder.record("time.sampling", 47, unit="%", **WHERE)
-    recorder.record("fd.direction", "lower", **WHERE)
+    recorder.value("fd.ensemble", fd, interval=(13.1, 14.6), level=0.95, artifacts=["ab" * 32], **WHERE)
+    recorder.value("kid.ensemble", np.float32(-0.00012), digits=4, **WHERE)
+    recorder.value("time.sampling", 47, unit="%", **WHERE)
+    recorder.value("fd.direction", "lower", **WHERE)
     recorder.table("arms", ["Arm", "FD", "KID", "EDM"], caption="FD over 1,000 images.",
                    rows=[("Unguided & plain", "fd.unguided", None, "dg.edm.fid"),
                          ("Ensemble", "fd.ensemble", "kid.ensemble", "dg.edmgpp.fid")])
@@ -59,7 +59,7 @@ def test_records_come_back_at_full_precision_with_their_origin(root):
 def test_same_results_leave_the_file_alone_and_new_ones_change_it(root, monkeypatch):
     path = evaluation(root).write()
     before = path.read_bytes()
-    monkeypatch.setattr(results, "now", lambda: "2100-01-01T00:00:00+00:00")
+    monkeypatch.setattr(ledger, "now", lambda: "2100-01-01T00:00:00+00:00")
     evaluation(root).write()
     assert path.read_bytes() == before
     evaluation(root, fd=13.8).write()
@@ -79,11 +79,11 @@ def test_same_results_leave_the_file_alone_and_new_ones_change_it(root, monkeypa
     (dict(key="fd", value=1.0, interval=(0, float("inf")), level=0.95), "fd is inf")])
 def test_bad_records_are_refused(root, arguments, words):
     with pytest.raises(UserError, match=words):
-        Recorder("quick", "04_evaluation", root).record(**arguments, **WHERE)
+        blank_ledger("quick", "04_evaluation", root).value(**arguments, **WHERE)
 
 
 def test_bad_tables_are_refused(root):
-    recorder = Recorder("quick", "04_evaluation", root)
+    recorder = blank_ledger("quick", "04_evaluation", root)
     with pytest.raises(UserError, match="table name 'a b'"):
         recorder.table("a b", ["x"], [])
     with pytest.raises(UserError, match="every row needs 2 cells"):
@@ -102,8 +102,8 @@ def test_missing_damaged_and_double_results_are_refused(root):
     with pytest.raises(UserError, match="make reproduce PROFILE=quick"):
         load_results("quick", root)
     path = evaluation(root).write()
-    other = Recorder("quick", "05_reproduction", root)
-    other.record("fd.ensemble", 1.0, **WHERE)
+    other = blank_ledger("quick", "05_reproduction", root)
+    other.value("fd.ensemble", 1.0, **WHERE)
     other.write()
     with pytest.raises(UserError, match="'fd.ensemble' is recorded elsewhere too"):
         load_results("quick", root)
@@ -150,7 +150,7 @@ def test_rounding(value, interval, digits, unit, text):
     record = {"value": value, "interval": interval, "digits": digits, "unit": unit}
     assert format_value(record) == text
     latex = text.replace("-", r"\ensuremath{-}").replace(" ", "~").replace(",~", ", ")
-    assert format_value(record, latex=True) == latex
+    assert latex_value(record) == latex
 
 
 def test_latex_escape():
@@ -250,10 +250,10 @@ def test_causes_follow_the_rules_of_the_design():
 
 
 def test_a_change_with_an_interval_has_its_word(root):
-    recorder = Recorder("quick", "04_evaluation", root)
+    recorder = blank_ledger("quick", "04_evaluation", root)
     for name, low, high in (("a", -2, -1), ("b", -1, 1), ("c", 1, 2)):
-        recorder.record(f"{name}.kid_change", (low + high) / 2, interval=(low, high), level=0.95, **WHERE)
-    recorder.record("d.fd_change", 1.0, **WHERE)
+        recorder.value(f"{name}.kid_change", (low + high) / 2, interval=(low, high), level=0.95, **WHERE)
+    recorder.value("d.fd_change", 1.0, **WHERE)
     recorder.write()
     for found in (recorder.results, load_results("quick", root)):
         words = [found.text(f"{name}.kid_direction") for name in "abc"]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from ledgers import blank_ledger
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from dgutils.errors import UserError
 from dgutils.results import plots
-from dgutils.results.records import Recorder
 from report import site
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,9 +26,9 @@ def clone(tmp_path, monkeypatch):
     shutil.copy(ROOT / "report/main.tex", tmp_path / "report")
     fig, _ = plots.panels()
     picture = plots.save_figure(fig, "smoke", "06_fault")
-    recorder = Recorder("smoke", "06_ensemble")
-    recorder.record("settings.watermark", "smoke", label="watermark", cell="parameters")
-    recorder.record("ens.fd", 1.5, interval=(1.0, 2.0), level=0.95, label="FD", cell="The arms")
+    recorder = blank_ledger("smoke", "06_ensemble")
+    recorder.value("settings.watermark", "smoke", label="watermark", section="parameters")
+    recorder.value("ens.fd", 1.5, interval=(1.0, 2.0), level=0.95, label="FD", section="The arms")
     recorder.table("ledger", ["Claim", "Our change"], [("a < b & c", "ens.fd")], "The <ledger>")
     recorder.write()
     book = new_notebook(cells=[

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_jobs as tiny
 import torch
+from ledgers import blank_ledger
 from matplotlib.figure import Figure
 from nbformat import v4
 
@@ -23,7 +24,7 @@ from dgutils.pipeline import jobs
 from dgutils.pipeline.notebooks import run_profile
 from dgutils.pipeline.store import Store, digest_of_file, save_array
 from dgutils.results import plots
-from dgutils.results import records as results
+from dgutils.results.records import load_results
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -104,8 +105,8 @@ def compute(write):
 
 
 def record(disk):
-    recorder = results.Recorder("smoke", "01_demo")
-    recorder.record("a", 1.5, label="a" * 10_000, cell="demo")
+    recorder = blank_ledger("smoke", "01_demo")
+    recorder.value("a", 1.5, label="a" * 10_000, section="demo")
     recorder.write()
 
 
@@ -221,7 +222,7 @@ WHOLE_RUN = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import pytest, test_jobs as tiny
 from dgutils.pipeline import jobs
-from dgutils.results import records as results
+from ledgers import blank_ledger
 from dgutils.pipeline.store import Artifact, Store
 tiny.use_tiny_networks(pytest.MonkeyPatch())
 def counted(artifact, make, write=Artifact.write):
@@ -235,8 +236,8 @@ trained = jobs.discriminators(store, tiny.training(), fakes).ensure()
 guided = jobs.image_set(store, tiny.sampling(), 40, 0, jobs.Guidance(trained, (0, 1))).ensure()
 scores = jobs.Score(store, guided, jobs.RealSet("fashion_mnist", "test", 100), "tiny", 5).ensure()
 for _ in range(20):
-    recorder = results.Recorder("smoke", "01_demo", sys.argv[1])
-    recorder.record("fd", scores.fd.value, label="fd", cell="demo")
+    recorder = blank_ledger("smoke", "01_demo", sys.argv[1])
+    recorder.value("fd", scores.fd.value, label="fd", section="demo")
     recorder.path.unlink(missing_ok=True)
     recorder.write()
 print(scores.fd.value)
@@ -251,5 +252,5 @@ def test_two_runs_in_one_folder_do_every_step_once(tmp_path):
     assert outputs[0][0] == outputs[1][0] and "QUARANTINED" not in outputs[0][1] + outputs[1][1]
     computed = (tmp_path / "calls").read_text().split()
     assert len(computed) == len(set(computed)) >= 5 + 1 + 5 + 2 + 1, computed  # images, heads, images, features, scores
-    assert results.load_results("smoke", tmp_path).records["fd"]["value"] == float(outputs[0][0])
+    assert load_results("smoke", tmp_path).records["fd"]["value"] == float(outputs[0][0])
     assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ledgers import blank_ledger
 
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir
 from dgutils.pipeline.store import Store
-from dgutils.results.records import Recorder, load_results
+from dgutils.results.records import load_results
 from report import trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,10 +32,10 @@ def clone(tmp_path, monkeypatch):
     scores.ensure(lambda folder: (folder / "scores.txt").write_text("1") and None)
     figures_dir("smoke").mkdir(parents=True)
     (figures_dir("smoke") / "04_arms.pdf").write_bytes(b"a figure")
-    recorder = Recorder("smoke", NOTEBOOK)
-    about = dict(cell="The arms", n=40, seeds=range(7, 47), artifacts=[scores.digest])
-    recorder.record("arm.paper.first.fd", 1.5, label="FD of guidance", interval=(1.0, 2.0), level=0.95, **about)
-    recorder.record("settings.num_steps", 6, label="steps", cell="parameters")
+    recorder = blank_ledger("smoke", NOTEBOOK)
+    about = dict(section="The arms", n=40, seeds=range(7, 47), artifacts=[scores.digest])
+    recorder.value("arm.paper.first.fd", 1.5, label="FD of guidance", interval=(1.0, 2.0), level=0.95, **about)
+    recorder.value("settings.num_steps", 6, label="steps", section="parameters")
     recorder.table("arms", ["Arm", "FD", "EDM"], [("Paper", "arm.paper.first.fd", "dg.edm.fid")], "Arms")
     recorder.write()
     return tmp_path

@@ -1,7 +1,6 @@
 """`make doctor`: is everything here that a profile needs? A line for each thing, and what to do about it.
 
-Begins with nothing but Python's own library, so that it also works where nothing is installed yet. It changes
-nothing and touches no network.
+Needs nothing but Python's own library, changes nothing and touches no network.
 """
 
 import os
@@ -28,10 +27,8 @@ class Absent(Exception):
     """Something is missing; its arguments: what, and what to do."""
 
 
-# --- checks: each returns what it found, or raises Absent
-
-
 def need(there, found, advice):
+    """What every check does: returns what it found, or raises Absent."""
     if not there:
         raise Absent(found, advice)
     return found
@@ -39,7 +36,7 @@ def need(there, found, advice):
 
 def check_python():
     return need(sys.version_info >= (3, 11), f"{platform.python_version()}, {sys.executable}",
-                "install Python 3.11 or newer; then: make test PYTHON=/path/to/it")  # fmt: skip
+                "install Python 3.11 or newer; then: make test PYTHON=/path/to/it")
 
 
 def pins(text):
@@ -59,16 +56,15 @@ def check_packages():
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return need(not wrong, ", ".join(wrong[:3]) + more or f"{len(pinned)}, as pinned in requirements.txt",
                 "`make test` or `make reproduce` install them in .venv; by hand: "
-                "pip install --require-hashes -r requirements.txt")  # fmt: skip
+                "pip install --require-hashes -r requirements.txt")
 
 
 def check_disk(values, installed):
-    """Rough: images, their features in two spaces of 2048 float32, packages, and 1 GB to breathe."""
-    images = values.get("num_fake", 0) + ARMS * values.get("num_eval", 0)
+    images = values.get("num_fake", 0) + ARMS * values.get("num_eval", 0)  # with features in two spaces of 2048 float32
     wanted = 1 + images * (3 * 32 * 32 + 2 * 2048 * 4) / GB + (0 if installed else PACKAGES_GB)
     free = shutil.disk_usage(repo_root()).free / GB
     return need(free >= wanted, f"{free:.0f} GB free under {repo_root()}, about {wanted:.0f} GB needed",
-                "free some, or clone to a larger disk")  # fmt: skip
+                "free some, or clone to a larger disk")
 
 
 def check_folder(profile):
@@ -88,7 +84,7 @@ def check_memory():
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return need(total / GB >= MEMORY_GB, f"{total / GB:.1f} GB, {MEMORY_GB} GB needed",
-                "use a larger machine; a smaller batch_size may do")  # fmt: skip
+                "use a larger machine; a smaller batch_size may do")
 
 
 def check_tex():
@@ -97,7 +93,7 @@ def check_tex():
     found = "some LaTeX packages" if lacks else "pdflatex, latexmk and what report/main.tex loads"
     return need(not lacks, ", ".join(absent) or found,
                 "only `make report` needs TeX, and installs it if it may; by hand: sudo apt-get install "
-                "texlive-latex-recommended texlive-fonts-recommended latexmk (macOS: MacTeX)")  # fmt: skip
+                "texlive-latex-recommended texlive-fonts-recommended latexmk (macOS: MacTeX)")
 
 
 def check_device():
@@ -119,7 +115,7 @@ def check_data(dataset):
     places = data_places(dataset) if dataset in DATA else []
     if places and not any(place.is_dir() for place in places):  # to load it would be to download it
         get = {"fashion_mnist": "sudo apt-get install dataset-fashion-mnist, or nothing: 30 MB are",
-               "cifar10": "nothing: 170 MB are"}[dataset]  # fmt: skip
+               "cifar10": "nothing: 170 MB are"}[dataset]
         raise Absent(f"{dataset}, looked for in {', '.join(map(str, places))}", f"{get} downloaded when first needed")
     train, test = (len(load_dataset(dataset, split)[0]) for split in ("train", "test"))
     return f"{dataset}: {train:,} and {test:,} images, checksums right"
@@ -138,23 +134,17 @@ def check_published(profile, values):
     from dgutils.networks import weights
 
     found = weights.status(weights.mentioned(values))
-    if absent := [entry for entry in found if entry.state == "absent"]:
-        raise Absent(f"{', '.join(entry.published.name for entry in absent)}: not in {weights.weights_dir()}",
-                     f"make fetch PROFILE={profile} ({sum(entry.bytes for entry in absent) / 1e6:,.0f} MB); "
-                     "`make rehearse` runs without them, on random ones")
+    absent = [entry for entry in found if entry.state == "absent"]
+    need(not absent, f"{', '.join(entry.published.name for entry in absent)}: not in {weights.weights_dir()}",
+         f"make fetch PROFILE={profile} ({sum(entry.bytes for entry in absent) / 1e6:,.0f} MB); "
+         "`make rehearse` runs without them, on random ones")
     standins = ": RANDOM stand-ins, for a rehearsal only" if found and weights.is_rehearsal() else ""
     names = [weights.find(entry.published.name).name for entry in found]  # refuses one that was altered
     return ", ".join(names) + standins or "the profile uses none"
 
 
-# --- the list
-
-
 def run(profile="quick"):
-    """Print the list for a profile. Returns the exit status: 0, or 1 if something is missing.
-
-    Raises UserError for an unknown profile.
-    """
+    """Print the list for a profile. Returns 1 if something is missing, else 0. UserError for an unknown profile."""
     missing = []
 
     def check(name, function, *arguments):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.paths import cores, repo_root, runs_dir
 
 
@@ -34,12 +34,9 @@ def _minutes(context, parameter, value):
     return value
 
 
-def _name(context, parameter, profile):
-    return profile if profile is None else runs_dir(profile).name  # refuses what is no name, before all else
-
-
-def _profile(default, text="notebooks/profiles/PROFILE.yaml"):
-    return click.option("--profile", default=default, show_default=True, callback=_name, help=text)
+def _profile(default):
+    return click.option("--profile", default=default, show_default=True, help="notebooks/profiles/PROFILE.yaml",
+                        callback=lambda context, parameter, name: runs_dir(name).name)  # refuses what is no name
 
 
 SET = click.option("--set", multiple=True, metavar="NAME=VALUE ...", help="Change a parameter.")
@@ -129,8 +126,7 @@ def inspect(file):
     for path in file:
         print("\n".join(lines := inspect(path)))
         refused += [str(path)] * any(line.startswith("REFUSED") for line in lines)
-    if refused:
-        raise UserError(f"refused, for the reasons above: {', '.join(refused)}")
+    require(not refused, f"refused, for the reasons above: {', '.join(refused)}")
 
 
 @command
@@ -155,10 +151,8 @@ def train_score(name, out, threads, minutes, parts, join, export):
     from dgutils.networks import checkpoints, pretrain
 
     out = out or repo_root() / "runs" / "networks"
-    if join:
-        path = pretrain.join(name, join, out)
-    else:
-        path = pretrain.export(name, out) if export else pretrain.train_network(name, out, threads, minutes=minutes)
+    path = (pretrain.join(name, join, out) if join else pretrain.export(name, out) if export else
+            pretrain.train_network(name, out, threads, minutes=minutes))
     if parts:
         checkpoints.write_parts(path, out)
     finished = json.loads(path.with_suffix(".json").read_text())["finished"]

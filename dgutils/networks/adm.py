@@ -8,6 +8,7 @@ Sources: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 3; Kim et al. 2023 (
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,6 @@ from torch import nn
 from dgutils.errors import UserError
 from dgutils.networks.edm import GroupNorm
 from dgutils.noise import INITIALISATION, keyed_rng
-
-# The two networks of the published CIFAR-10 discriminator: 47,771,112 and 2,883,841 parameters.
-PUBLISHED_EXTRACTOR = dict(
-    image_size=32, in_channels=3, model_channels=128, out_channels=1000, num_res_blocks=4,
-    attention_resolutions=(1, 2, 4), channel_mult=(1, 2, 4),
-)
-PUBLISHED_HEAD = dict(
-    image_size=8, in_channels=512, model_channels=128, out_channels=1, num_res_blocks=2,
-    attention_resolutions=(1,), channel_mult=(1,),
-)
 
 
 def timestep_embedding(time, dim):
@@ -38,8 +29,8 @@ def timestep_embedding(time, dim):
 
 def zero_init(layer):
     """Start a residual branch as the zero function, so that a fresh block is the identity."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -61,10 +52,7 @@ def _norm(channels, group_channels):
 
 
 class ResBlock(nn.Module):
-    """Residual block; time scales and shifts its second norm (ADM's adaptive group norm, eq. 3).
-
-    With down=True both branches are average-pooled by two.
-    """
+    """Residual block; time scales and shifts its second norm (adaptive group norm, ADM eq. 3); down: pooled by two."""
 
     def __init__(self, in_channels, out_channels, embedding_dim, group_channels=None, down=False):
         super().__init__()
@@ -80,13 +68,11 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):  # [N,C,h,w], [N,E]
-        norm, _, conv = self.in_layers
-        h = norm(x, silu=True)
+        (norm1, _, conv1), (norm2, *_, conv2) = self.in_layers, self.out_layers
+        h = norm1(x, silu=True)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        h = conv(h)
-        norm, *_, conv = self.out_layers
-        h = conv(norm(h, silu=True, adapt=self.emb_layers(embedding).chunk(2, dim=1)))
+        h = conv2(norm2(conv1(h), silu=True, adapt=self.emb_layers(embedding).chunk(2, dim=1)))
         return self.skip_connection(x) + h  # [N,C',h',w']
 
 
@@ -140,10 +126,7 @@ class Stage(nn.ModuleList):
 
 
 class Stem(nn.Conv2d):
-    """The first convolution; it has no use for the time embedding.
-
-    Its output is channels-last, the fast layout on CPUs and tensor cores, and every later layer keeps that.
-    """
+    """The first convolution: its output is channels-last, the fast layout, and every later layer keeps that."""
 
     def forward(self, x, embedding):
         return super().forward(x).contiguous(memory_format=torch.channels_last)
@@ -172,25 +155,24 @@ class EncoderUNet(nn.Module):
         widths = [int(mult * model_channels) for mult in channel_mult]
         shrink = patch_size * 2 ** (len(widths) - 1)
         if image_size % shrink:
-            raise UserError(f"image_size {image_size} is not a multiple of {shrink}, which patch_size "
-                            f"{patch_size} and {len(widths)} levels need")
+            raise UserError(f"image_size {image_size} is not a multiple of {shrink}, which patch_size and levels need")
         if model_channels < 2 or model_channels % 2 or num_head_channels < 1:
             raise UserError(f"model_channels {model_channels}, num_head_channels {num_head_channels}: the first is "
                             "even, both are positive")  # fmt: skip
-        least = int(len(set(widths)) > 1)
-        if num_res_blocks < least:
+        if num_res_blocks < (least := int(len(set(widths)) > 1)):
             raise UserError(f"num_res_blocks {num_res_blocks}: at least {least}, as these levels' widths need")
         attended = [w for level, w in enumerate(widths) if 2**level in attention_resolutions] + widths[-1:]
         if any(width % num_head_channels for width in attended):
-            raise UserError(f"attention widths {attended} are not all multiples of num_head_channels "
-                            f"{num_head_channels}: change model_channels, channel_mult or num_head_channels")
-        divisor, groups = (32, "32 groups") if num_group_channels is None else (
-            num_group_channels, f"groups of {num_group_channels} channels")  # fmt: skip
+            raise UserError(f"widths {attended} are not all multiples of num_head_channels {num_head_channels}")
+        divisor = 32 if num_group_channels is None else num_group_channels
         if divisor < 1 or any(width % divisor for width in widths):
+            groups = "32 groups" if num_group_channels is None else f"groups of {num_group_channels} channels"
             raise UserError(f"widths {widths} do not divide into {groups} each: num_group_channels must divide all")
-        self.feature_shape = (widths[-1], image_size // shrink, image_size // shrink)
+        side, embedding_dim = image_size // shrink, 4 * model_channels
+        self.feature_shape = (widths[-1], side, side)
+        block = partial(ResBlock, embedding_dim=embedding_dim, group_channels=num_group_channels)
+        attention = partial(AttentionBlock, head_channels=num_head_channels, group_channels=num_group_channels)
 
-        embedding_dim = 4 * model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
         if num_classes:
@@ -200,21 +182,14 @@ class EncoderUNet(nn.Module):
         self.input_blocks = nn.ModuleList([Stage([Stem(in_channels * patch_size**2, width, 3, padding=1)])])
         for level, next_width in enumerate(widths):
             if level > 0:
-                self.input_blocks.append(Stage([ResBlock(width, width, embedding_dim, num_group_channels, down=True)]))
+                self.input_blocks.append(Stage([block(width, width, down=True)]))
             for _ in range(num_res_blocks):
-                layers = [ResBlock(width, next_width, embedding_dim, num_group_channels)]
-                width = next_width
-                if 2**level in attention_resolutions:
-                    layers.append(AttentionBlock(width, num_head_channels, num_group_channels))
+                layers, width = [block(width, next_width)], next_width
+                layers += [attention(width)] if 2**level in attention_resolutions else []
                 self.input_blocks.append(Stage(layers))
-        self.middle_block = Stage([
-            ResBlock(width, width, embedding_dim, num_group_channels),
-            AttentionBlock(width, num_head_channels, num_group_channels),
-            ResBlock(width, width, embedding_dim, num_group_channels)])
-        positions = self.feature_shape[1] * self.feature_shape[2]
-        self.out = nn.Sequential(
-            _norm(width, num_group_channels), nn.SiLU(),
-            AttentionPool(positions, width, num_head_channels, out_channels))
+        self.middle_block = Stage([block(width, width), attention(width), block(width, width)])
+        self.out = nn.Sequential(_norm(width, num_group_channels), nn.SiLU(),
+                                 AttentionPool(side * side, width, num_head_channels, out_channels))
 
     def features(self, x, vp_time, class_labels=None):
         """Features after the middle block.

@@ -7,23 +7,23 @@ What does not fit is named, with the likely cause.
 import functools
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dgutils.errors import UserError
 from dgutils.networks import weights
 from dgutils.networks.adm import EncoderUNet
 from dgutils.networks.edm import Denoiser
 from dgutils.networks.unpickle import Saved, load_weights_only, read_pickle, state_dict
-from dgutils.networks.weights import sha256_of
+from dgutils.networks.weights import sha256_of, write_whole
 from dgutils.paths import weights_dir
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+PART_BYTES = 15 * 2**20  # of a file that must pass where only small ones may
 
 _ARCHITECTURES = {"denoiser": Denoiser, "extractor": EncoderUNet, "discriminator": EncoderUNet}
 # The published SongUNet's own defaults: the value of an option that a file leaves out.
@@ -36,16 +36,9 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 _CONVERTER = 1  # raised when converted files of earlier versions must be made anew
 
 
-# ---- safetensors -------------------------------------------------------------------------
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write safetensors atomically: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -57,21 +50,17 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a readable safetensors file ({error}): restore or delete it") from error
 
 
-PART_BYTES = 15 * 2**20  # of a file that must pass where only small ones may
-
-
 def write_parts(path: Path, folder: Path) -> list[Path]:
     """Copy a file into `folder` as NAME.part0, NAME.part1, ... of at most `PART_BYTES` each; returns their paths.
 
     Parts of an earlier, longer file are removed. `join_parts` puts them together.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data, parts = path.read_bytes(), []
-    for start in range(0, max(1, len(data)), PART_BYTES):
-        parts.append(folder / f"{path.name}.part{len(parts)}")
-        temporary = folder / f".{parts[-1].name}.tmp"
-        temporary.write_bytes(data[start : start + PART_BYTES])
-        temporary.replace(parts[-1])
+    data = path.read_bytes()
+    pieces = [data[start : start + PART_BYTES] for start in range(0, max(1, len(data)), PART_BYTES)]
+    parts = [folder / f"{path.name}.part{number}" for number in range(len(pieces))]
+    for part, piece in zip(parts, pieces, strict=True):
+        write_whole(part, piece)
     for stale in set(folder.glob(f"{path.name}.part*")) - set(parts):
         stale.unlink()
     return parts
@@ -82,43 +71,35 @@ def join_parts(path: Path, target: Path, sha256: str) -> Path:
     parts = sorted(path.parent.glob(f"{path.name}.part*"), key=lambda part: int(part.name.rpartition("part")[2]))
     data = b"".join(part.read_bytes() for part in parts)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path}.part*: {len(parts)} parts, {len(data):,} bytes, which are not the file with checksum "
-                        f"{sha256[:12]}: is one missing, or of another file?")
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+        raise UserError(f"{path}.part*: the {len(parts)} parts are not the file with checksum {sha256[:12]}: is one "
+                        "missing, or of another file?")
+    write_whole(target, data)
     return target
-
-
-# ---- shipped networks --------------------------------------------------------------------
 
 
 def _is_shipped(name: str) -> bool:
     return (ASSETS / f"{name}.json").is_file()
 
 
+def _shipped_names() -> str:
+    return ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors"))) or "none"
+
+
 def model_card(name: str) -> dict:
     """The model card `assets/<name>.json` of a shipped network."""
     if not _is_shipped(name):
-        known = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors")))
-        raise UserError(f"no shipped network '{name}'; there are: {known or 'none'}")
+        raise UserError(f"no shipped network '{name}'; there are: {_shipped_names()}")
     return json.loads((ASSETS / f"{name}.json").read_text())
 
 
 def _shipped(name: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    card, architecture = model_card(name), _ARCHITECTURES[kind].__name__
+    card, architecture, path = model_card(name), _ARCHITECTURES[kind].__name__, ASSETS / f"{name}.safetensors"
     if card["recipe"]["architecture"] != architecture:
         raise UserError(f"'{name}' is a {card['recipe']['architecture']}, not a {architecture}")
-    path = ASSETS / f"{name}.safetensors"
     if not path.is_file() or sha256_of(path) != card["sha256"]:
-        raise UserError(
-            f"{path} is absent or does not match its model card (sha256 {card['sha256'][:12]}): "
-            f"restore it with `git checkout -- dgutils/assets/{path.name}`"
-        )
+        raise UserError(f"{path} is absent or does not match its model card (sha256 {card['sha256'][:12]}): "
+                        f"restore it with `git checkout -- dgutils/assets/{path.name}`")
     return card["recipe"]["config"], read_tensors(path)[0]
-
-
-# ---- published networks ------------------------------------------------------------------
 
 
 def read_edm(path: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
@@ -135,8 +116,8 @@ def read_edm(path: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
     if (ema.class_name, unet.class_name) != ("EDMPrecond", "SongUNet"):
         raise UserError(f"{path} holds {ema.class_name} around {unet.class_name}; supported is EDMPrecond around "
                         "SongUNet: choose one of the edm-* files of the registry")
-    options = {k: v for k, v in unet.kwargs.items() if k not in ("img_resolution", "in_channels", "out_channels",
-                                                                 "label_dim")}  # fmt: skip
+    shape = ("img_resolution", "in_channels", "out_channels", "label_dim")  # known from the network around it
+    options = {k: v for k, v in unet.kwargs.items() if k not in shape}
     if unknown := sorted(set(options) - set(_SONG_UNET)) or unet.args:
         raise UserError(f"{path}: its SongUNet has arguments that are unknown here: {list(unknown)}")
     precond = ("img_resolution", "img_channels", "label_dim", "sigma_data", "sigma_min", "sigma_max")
@@ -162,21 +143,15 @@ def _converted(entry: weights.Published, path: Path) -> tuple[dict, dict[str, to
         manifest = json.loads(metadata.get("manifest", "{}"))
     if {key: manifest.get(key) for key in source} != source:
         config, tensors, about = read_edm(path)
-        if what := fault(tensors):
-            raise UserError(f"{path} refused: {what}: get the file again")
+        _sound(path, tensors)
         tensors, manifest = {k: v.float() for k, v in tensors.items()}, source | {"config": config} | about
-        try:
+        with weights.writing(cached):
             cached.parent.mkdir(exist_ok=True)
-            own = cached.with_name(f"{entry.name}.{os.getpid()}")  # several processes may convert at once
-            write_tensors(own, tensors, {"manifest": json.dumps(manifest)})
-            os.replace(own, cached)
-        except OSError as error:
-            raise UserError(f"cannot write {cached} ({error.strerror}): set DGUTILS_WEIGHTS to a folder where you can; "
-                            "links to the files will do") from error
-    if differing := [f"{k} is {manifest['config'].get(k)}, not {v}" for k, v in entry.config.items()
-                     if manifest["config"].get(k) != v]:  # fmt: skip
+            write_tensors(cached, tensors, {"manifest": json.dumps(manifest)})
+    config = manifest["config"]
+    if differing := [f"{k} is {config.get(k)}, not {v}" for k, v in entry.config.items() if config.get(k) != v]:
         raise UserError(f"{path} is not the {entry.what}: {'; '.join(differing)}{_likely(tensors)}")
-    return manifest["config"], tensors
+    return config, tensors
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -203,17 +178,20 @@ def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def fault(tensors: dict[str, torch.Tensor]) -> str | None:
     """What no trained network's tensors are, with the name of the first; None if they are in order."""
     for name, value in tensors.items():
-        kind = str(value.dtype).removeprefix("torch.")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             return f"{name} is a sparse, quantised or empty tensor"
         if not value.is_floating_point():
-            return f"{name} holds {kind} numbers, not real ones"
-        finite = value.float().isfinite()
-        if not finite.all():
-            return f"{name} holds {finite.logical_not().sum():,} numbers that are NaN or infinite"
+            return f"{name} holds {str(value.dtype).removeprefix('torch.')} numbers, not real ones"
+        if infinite := value.numel() - int(value.float().isfinite().sum()):
+            return f"{name} holds {infinite:,} numbers that are NaN or infinite"
         if value.ndim > 1 and not value.float().any():
             return f"{name} is zero throughout, as if it had not been trained"
     return None
+
+
+def _sound(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    if what := fault(tensors):
+        raise UserError(f"{path} refused: {what}: get the file again")
 
 
 def _shapes(kind: str, config: dict) -> dict[str, tuple]:
@@ -235,8 +213,8 @@ def fitting(tensors: dict[str, torch.Tensor]) -> list[str]:
 def _likely(tensors: dict[str, torch.Tensor]) -> str:
     """The likely cause of a misfit, to end its message with."""
     if names := fitting(tensors):
-        what = weights.published(names[0]).what
-        return f"; it has the structure of {' or '.join(names)} ({what}): was one file put in the other's place?"
+        return (f"; it has the structure of {' or '.join(names)} ({weights.published(names[0]).what}): "
+                "was one file put in the other's place?")
     return "; it fits no network of the registry: get the file again"
 
 
@@ -249,8 +227,7 @@ def _check(entry: weights.Published, path: Path, config: dict, tensors: dict[str
     if found := [f"{verb} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")
                  for verb, keys in faults if keys]:  # fmt: skip
         raise UserError(f"{path} is not the {entry.what}: it {', '.join(found)}{_likely(tensors)}")
-    if what := fault(tensors):
-        raise UserError(f"{path} refused: {what}: get the file again")
+    _sound(path, tensors)
 
 
 def _published(name: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -269,15 +246,11 @@ def _published(name: str, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return config, tensors
 
 
-# ---- either ------------------------------------------------------------------------------
-
-
 def _entry(name: str) -> weights.Published:
     """The registry's entry of a network that is not shipped. Raises UserError, naming all networks there are."""
     networks = {e.name: e for e in weights.registry().values() if e.config}
     if name not in networks:
-        shipped = sorted(p.stem for p in ASSETS.glob("*.safetensors"))
-        raise UserError(f"no network '{name}'; shipped: {', '.join(shipped)}; published: {', '.join(networks)}")
+        raise UserError(f"no network '{name}'; shipped: {_shipped_names()}; published: {', '.join(networks)}")
     return networks[name]
 
 
@@ -303,10 +276,7 @@ def load_feature_extractor(name: str) -> EncoderUNet:
 
 
 def load_discriminator(name: str) -> EncoderUNet:
-    """The published discriminator `name`: its head, frozen, float32. Raises UserError likewise.
-
-    A class-conditional head has `label_emb`; its extractor and clock are those of the image size.
-    """
+    """The published discriminator `name`: its head (class-conditional: `label_emb`), frozen, float32. Likewise."""
     return _load(name, "discriminator")
 
 
@@ -327,10 +297,9 @@ def image_shape(name: str) -> tuple[int, int, int]:
 
 
 def weights_digest(name: str) -> str:
-    """sha256 of the file that the network `name` comes from, its identity in the store; "absent" without the file.
+    """sha256 of the file that the network `name` comes from (Inception too), its identity in the store.
 
-    Any network of the registry will do, Inception too. Nothing can be made from an absent file: no artifact has that
-    identity, but it can be planned.
+    "absent" without the file: nothing can be made from it, so no artifact has that identity, but it can be planned.
     """
     if _is_shipped(name):
         return model_card(name)["sha256"]

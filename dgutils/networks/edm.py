@@ -49,40 +49,30 @@ class Conv2d(nn.Module):
             taps = torch.tensor(resample_filter, dtype=torch.float32)
             self.register_buffer("resample_filter", taps.outer(taps)[None, None] / taps.sum() ** 2)
 
-    def _halve(self, x, padding):
+    def _resample(self, x, padding):
+        """x doubled or halved, by the filter; a box is an average, or a repetition."""
         if self.box:
-            return F.avg_pool2d(x, 2)
-        taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        return F.conv2d(x, taps, stride=2, padding=padding, groups=x.shape[1])
-
-    def _double(self, x):
-        if self.box:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        taps = 4 * self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        return F.conv_transpose2d(x, taps, stride=2, padding=(taps.shape[-1] - 1) // 2, groups=x.shape[1])
+            return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
+        taps = (4 if self.up else 1) * self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        resample = F.conv_transpose2d if self.up else F.conv2d
+        return resample(x, taps, stride=2, padding=padding, groups=x.shape[1])
 
     def forward(self, x):
+        kernel = 0 if self.weight is None else self.weight.shape[-1]
         reach = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0  # 0 for the box
         if self.fused:
-            return self._halve(F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2 + reach),
-                               0) + self.bias[:, None, None].to(x.dtype)
-        if self.up:
-            x = self._double(x)
-        if self.down:
-            x = self._halve(x, reach)
-        if self.weight is None:
-            return x
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+            halved = self._resample(F.conv2d(x, self.weight, padding=kernel // 2 + reach), 0)
+            return halved + self.bias[:, None, None].to(x.dtype)  # the input's type, in mixed precision too
+        if self.up or self.down:
+            x = self._resample(x, reach)
+        return F.conv2d(x, self.weight, self.bias, padding=kernel // 2) if kernel else x
 
 
 CACHED = 2**18  # numbers a thread that `GroupNorm` works on at a time: what fits into the cache spares the memory
 
 
 def _in_parts(*tensors):
-    """Channels-last tensors [N, C, H, W] as rows [n, HW, C] of a few images at a time, `CACHED` numbers a thread.
-
-    Yields (slice of N, rows of the first, rows of the second, ...).
-    """
+    """Slices of N, each with those rows [n, HW, C] of channels-last tensors [N, C, H, W]: `CACHED` numbers a thread."""
     rows = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in tensors]
     size = max(1, CACHED * torch.get_num_threads() // rows[0][0].numel())
     for start in range(0, len(rows[0]), size):
@@ -185,7 +175,12 @@ class GroupNorm(nn.GroupNorm):
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         if x.is_cuda and channels_last and (compiled := _compiled_norm()):
             return self._by_rows(compiled, x, silu, adapt)
-        y = self._on_cpu(x) if channels_last and not x.is_cuda else super().forward(x)
+        if channels_last and not x.is_cuda:
+            scale, shift = _scale_and_shift(*_Moments.apply(x), x[0, 0].numel(), self.num_groups, self.weight,
+                                            self.bias, self.eps)  # fmt: skip
+            y = _Affine.apply(x, scale.to(x.dtype), shift.to(x.dtype))
+        else:
+            y = super().forward(x)
         if adapt:
             scale, shift = (part[:, :, None, None] for part in adapt)
             y = torch.addcmul(shift, y, 1 + scale)
@@ -199,12 +194,6 @@ class GroupNorm(nn.GroupNorm):
                 weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
             rows = norm(x.permute(0, 2, 3, 1).flatten(1, 2), self.num_groups, weight, bias, self.eps, silu)
         return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-    def _on_cpu(self, x):
-        sums, squares = _Moments.apply(x)
-        scale, shift = _scale_and_shift(sums, squares, x[0, 0].numel(), self.num_groups, self.weight, self.bias,
-                                        self.eps)  # fmt: skip
-        return _Affine.apply(x, scale.to(x.dtype), shift.to(x.dtype))
 
 
 class UNetBlock(nn.Module):
@@ -251,12 +240,11 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.channels = channels
+        self.half = channels // 2
 
     def forward(self, label):
-        half = self.channels // 2
-        exponent = torch.arange(half, dtype=label.dtype, device=label.device) / (half - 1)
-        angle = label[:, None] * 1e-4**exponent
+        steps = torch.arange(self.half, dtype=label.dtype, device=label.device)
+        angle = label[:, None] * 1e-4 ** (steps / (self.half - 1))
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -289,9 +277,8 @@ class SongUNet(nn.Module):
         for value, known in ((embedding_type, EMBEDDINGS), (encoder_type, ENCODERS), (decoder_type, DECODERS)):
             if value not in known:
                 raise UserError(f"SongUNet: '{value}' is none of {', '.join(known)}")
-        if img_resolution % 2 ** (len(channel_mult) - 1):
-            raise UserError(f"SongUNet: resolution {img_resolution} is not divisible by "
-                            f"{2 ** (len(channel_mult) - 1)}, as {len(channel_mult)} levels need")  # fmt: skip
+        if img_resolution % (shrink := 2 ** (len(channel_mult) - 1)):
+            raise UserError(f"SongUNet: resolution {img_resolution} is not divisible by {shrink}, as its levels need")
         emb, noise = channel_mult_emb * model_channels, channel_mult_noise * model_channels
         widths = [model_channels * m for m in channel_mult]
         resolutions = [img_resolution >> level for level in range(len(widths))]
@@ -306,6 +293,9 @@ class SongUNet(nn.Module):
         def block(fan_in, fan_out, **options):
             return UNetBlock(fan_in, fan_out, emb, dropout=dropout, resample_filter=resample_filter, **options)
 
+        def resample(fan_in, fan_out, kernel, **options):
+            return Conv2d(fan_in, fan_out, kernel, resample_filter=resample_filter, **options)
+
         self.enc = nn.ModuleDict()
         width, image, skips = model_channels, channels, []  # image: channels of the image that is handed down
         for level, (res, out) in enumerate(zip(resolutions, widths, strict=True)):
@@ -313,12 +303,11 @@ class SongUNet(nn.Module):
                 self.enc[f"{res}x{res}_conv"] = Conv2d(channels, width, 3)
             else:
                 self.enc[f"{res}x{res}_down"] = block(width, width, down=True)
-                down = dict(down=True, resample_filter=resample_filter)
                 if encoder_type == "skip":
-                    self.enc[f"{res}x{res}_aux_down"] = Conv2d(image, image, 0, **down)
+                    self.enc[f"{res}x{res}_aux_down"] = resample(image, image, 0, down=True)
                     self.enc[f"{res}x{res}_aux_skip"] = Conv2d(image, width, 1)
                 if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(image, width, 3, fused=True, **down)
+                    self.enc[f"{res}x{res}_aux_residual"] = resample(image, width, 3, down=True, fused=True)
                     image = width
             skips.append(width)
             for idx in range(num_blocks):
@@ -327,9 +316,9 @@ class SongUNet(nn.Module):
                 skips.append(width)
 
         self.dec = nn.ModuleDict()
-        for level in reversed(range(len(widths))):
-            res, out = resolutions[level], widths[level]
-            if level == len(widths) - 1:
+        for level, (res, out) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
+            deepest = level == len(widths) - 1
+            if deepest:
                 self.dec[f"{res}x{res}_in0"] = block(width, width, attention=True)
                 self.dec[f"{res}x{res}_in1"] = block(width, width)
             else:
@@ -338,9 +327,8 @@ class SongUNet(nn.Module):
                 attention = idx == num_blocks and res in attn_resolutions
                 self.dec[f"{res}x{res}_block{idx}"] = block(width + skips.pop(), out, attention=attention)
                 width = out
-            if decoder_type == "skip" and level < len(widths) - 1:
-                up = dict(up=True, resample_filter=resample_filter)
-                self.dec[f"{res}x{res}_aux_up"] = Conv2d(channels, channels, 0, **up)
+            if decoder_type == "skip" and not deepest:
+                self.dec[f"{res}x{res}_aux_up"] = resample(channels, channels, 0, up=True)
             if decoder_type == "skip" or level == 0:
                 self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(width)
                 self.dec[f"{res}x{res}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
@@ -354,7 +342,7 @@ class SongUNet(nn.Module):
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-        skips, image = [], x
+        skips, image, total = [], x, 0
         for name, block in self.enc.items():
             if name.endswith("aux_down"):
                 image = block(image)
@@ -365,7 +353,6 @@ class SongUNet(nn.Module):
             else:
                 x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
                 skips.append(x)
-        total = 0
         for name, block in self.dec.items():
             if name.endswith("aux_up"):
                 total = block(total)
@@ -412,9 +399,8 @@ class Denoiser(nn.Module):
         if self.label_dim and class_labels is None:
             class_labels = torch.zeros(1, self.label_dim, dtype=dtype, device=x.device)
         variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data * variance.rsqrt()
-        c_in = variance.rsqrt()
+        c_skip, c_in = self.sigma_data**2 / variance, variance.rsqrt()
+        c_out = sigma * self.sigma_data * c_in
         c_noise = (sigma.log() / 4).flatten().expand(len(x))
         patches = F.pixel_unshuffle(c_in * x, self.patch_size)
         residual = F.pixel_shuffle(self.model(patches, c_noise, class_labels).to(dtype), self.patch_size)

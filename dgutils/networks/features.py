@@ -12,13 +12,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgutils import metrics
+from dgutils.arrays import as_array, as_features, blocks, whole
 from dgutils.discriminator import CLOCKS
-from dgutils.errors import UserError
-from dgutils.metrics import as_images
+from dgutils.errors import UserError, require
 from dgutils.networks import checkpoints, weights
 
 DEFAULT_SPACE = "efficientnet-lite0@128"
+
+
+def as_images(images, channels=()) -> np.ndarray:
+    """uint8 [N,H,W,C] of an array, a tensor or a list of images of one size. Raises UserError for all else.
+
+    channels: the numbers of channels that will do; none: any.
+    """
+    x = as_array(images)
+    which = f" and {' or '.join(map(str, channels))} channels" if channels else ""
+    require(x.dtype == np.uint8 and x.ndim == 4 and x.size and (not channels or x.shape[3] in channels),
+            f"images must be uint8 [N,H,W,C] with N > 0{which}, got {x.dtype} {x.shape}")
+    return x
+
+
+def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu") -> np.ndarray:
+    """Features float32 [N,d] of images uint8 [N,H,W,C], through encode: float [B,C,H,W] in [-1,1] -> [B,d]."""
+    images, features = as_images(images), []
+    whole(1, batch_size=batch_size)
+    with torch.inference_mode():
+        for _, batch in blocks(images, batch_size):
+            x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2)
+            encoded = as_array(encode(x.float() / 127.5 - 1))
+            require(encoded.ndim == 2 and len(encoded) == len(batch),
+                    f"encode made {encoded.shape} of {len(batch)} images, not [{len(batch)},d]")
+            features.append(encoded.astype(np.float32))
+    return as_features(np.concatenate(features))
 
 
 def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
@@ -28,7 +53,7 @@ def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, dev
         encode = _inception(weights.find("inception"), device)  # [B,2048]
     else:
         encode = _efficientnet_lite0(_resolution(space), device)  # [B,1280]
-    return metrics.extract(images, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, device=device)
+    return extract(images, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, device=device)
 
 
 def encode(images: np.ndarray, space: str, device: str = "cpu") -> np.ndarray:
@@ -37,7 +62,7 @@ def encode(images: np.ndarray, space: str, device: str = "cpu") -> np.ndarray:
         return image_features(images, space, device=device)
     extractor = checkpoints.load_feature_extractor(space).to(device)
     now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
-    return metrics.extract(images, lambda x: extractor.features(x, now).mean((2, 3)), 250, device=device)
+    return extract(images, lambda x: extractor.features(x, now).mean((2, 3)), 250, device=device)
 
 
 def _resolution(space: str) -> int:

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from dgutils import datasets, noise
 from dgutils.errors import UserError
 from dgutils.networks import adm, edm
-from dgutils.networks.checkpoints import ASSETS, join_parts, model_card, read_tensors, sha256_of, write_tensors
+from dgutils.networks.checkpoints import ASSETS, join_parts, model_card, read_tensors, write_tensors
+from dgutils.networks.weights import sha256_of, write_whole
 
 ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
 
@@ -53,11 +54,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# ---- images and losses -------------------------------------------------------------------
-
-
 class Draws:
-    """Random numbers for one step, a function of (seed, *key): the device's own, or NumPy's on a CPU or if asked."""
+    """Random numbers for one step, a function of (seed, *key): the device's own, or NumPy's on a CPU or if asked.
+
+    normal: standard, float32; uniform: in [0, 1), float64.
+    """
 
     def __init__(self, device: torch.device, seed: int, *key: int, by_numpy: bool = False):
         self.device, self.rng, self.generator = device, noise.keyed_rng(seed, *key), None
@@ -65,13 +66,11 @@ class Draws:
             self.generator = torch.Generator(device).manual_seed(int(self.rng.integers(2**63)))
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal numbers, float32."""
         if self.generator:
             return torch.randn(shape, device=self.device, generator=self.generator)
         return torch.from_numpy(self.rng.standard_normal(shape, dtype=np.float32)).to(self.device)
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Numbers in [0, 1), float64."""
         if self.generator:
             return torch.rand(shape, device=self.device, generator=self.generator, dtype=torch.float64)
         return torch.from_numpy(self.rng.random(shape)).to(self.device)
@@ -83,7 +82,7 @@ class Batches:
     def __init__(self, dataset: str, training: dict, device: torch.device):
         images, labels = datasets.load_dataset(dataset, "train")
         self.images, self.labels = torch.tensor(images, device=device), torch.tensor(labels, device=device)
-        self.size, self.seed, self.flips = training["batch_size"], training["seed"], training["horizontal_flip"]
+        self.size, self.seed, self.flips = (training[key] for key in ("batch_size", "seed", "horizontal_flip"))
         self.epoch = self.order = None
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,11 +99,6 @@ class Batches:
         return x, self.labels[index]
 
 
-def score_loss(model, x, labels, draws):
-    """EDM's denoising loss (edm.edm_loss)."""
-    return edm.edm_loss(model, x, draws.normal(len(x)), draws.normal(*x.shape))
-
-
 def classifier_loss(model, x, labels, draws):
     """Cross-entropy of a noise-conditional classifier (Dhariwal & Nichol 2021, section 4).
 
@@ -116,10 +110,9 @@ def classifier_loss(model, x, labels, draws):
     return F.cross_entropy(model(x_vp, vp_time).float(), labels)
 
 
-LOSSES = {"Denoiser": score_loss, "EncoderUNet": classifier_loss}
-
-
-# ---- schedules ---------------------------------------------------------------------------
+LOSSES = {"Denoiser": lambda model, x, labels, draws: edm.edm_loss(model, x, draws.normal(len(x)),
+                                                                   draws.normal(*x.shape)),
+          "EncoderUNet": classifier_loss}  # fmt: skip
 
 
 def learning_rate(training: dict, steps: int, passed: float, length: float, decay: float) -> float:
@@ -135,18 +128,12 @@ def ema_decay(training: dict, step: int) -> float:
     return 0.5 ** (training["batch_size"] / max(min(training["ema_half_life"], 0.05 * seen), 1e-8))
 
 
-# ---- where a training begins, and what it leaves -----------------------------------------
-
-
 def _same_course(old: dict, new: dict, step: int) -> bool:
     """Do two recipes mean the same first `step` steps? The plateau leaves open how long it will last."""
-    def rest(recipe):
-        training = {k: v for k, v in recipe["training"].items() if k not in ("images", "decay_images")}
-        return recipe | {"training": training}
-
-    trainings = old["training"], new["training"]
-    decay_begins = min((t["images"] - t["decay_images"]) // t["batch_size"] for t in trainings)
-    return old == new or (rest(old) == rest(new) and step <= decay_begins)
+    lengths = ("images", "decay_images")
+    rests = [r | {"training": {k: v for k, v in r["training"].items() if k not in lengths}} for r in (old, new)]
+    decay_begins = min((t["images"] - t["decay_images"]) // t["batch_size"] for t in (old["training"], new["training"]))
+    return old == new or (rests[0] == rests[1] and step <= decay_begins)
 
 
 def _save(path, model, ema, optimizer, progress) -> None:
@@ -157,16 +144,16 @@ def _save(path, model, ema, optimizer, progress) -> None:
     write_tensors(path, tensors, {"progress": json.dumps(progress)})
 
 
+def _starting_with(prefix, tensors):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def _restore(path, model, ema, optimizer) -> dict:
     tensors, metadata = read_tensors(path)
-
-    def pick(prefix):
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.load_state_dict(pick("model."))
-    ema.load_state_dict(pick("ema."))
+    model.load_state_dict(_starting_with("model.", tensors))
+    ema.load_state_dict(_starting_with("ema.", tensors))
     state = {}
-    for key, value in pick("optimizer.").items():
+    for key, value in _starting_with("optimizer.", tensors).items():
         index, field = key.split(".")
         state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -210,21 +197,18 @@ def _only_one(checkpoint: Path):
 
 @contextmanager
 def _signals():
-    """Yields a function: has SIGINT or SIGTERM asked to stop? A second one ends the process as usual."""
+    """Yields a list that has something in it once SIGINT or SIGTERM asked to stop; a second one ends the process."""
     asked, usual = [], {}
 
-    def ask(number, frame):
-        asked.append(number)
-        restore()
-
-    def restore():
+    def restore(*asking):
+        asked.extend(asking)
         for number, handler in usual.items():
             signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        usual |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        usual |= {number: signal.signal(number, restore) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield asked
     finally:
         restore()
 
@@ -232,14 +216,10 @@ def _signals():
 def _finite(name: str, losses: list[torch.Tensor], step: int) -> float:
     """The mean of the last losses before `step`, which waits for the device. Raises UserError if one is not finite."""
     values = torch.stack(losses).tolist() if losses else [0.0]
-    for i, value in enumerate(values):
+    for at, value in enumerate(values, step - len(values)):
         if not math.isfinite(value):
-            at = step - len(values) + i
             raise UserError(f"{name}: loss is {value} at step {at}: lower learning_rate in its recipe")
     return float(np.mean(values))
-
-
-# ---- the loop ----------------------------------------------------------------------------
 
 
 def train_network(name: str, out_dir: Path, threads: int | None = None, save_minutes: float = 5.0,
@@ -248,13 +228,12 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     """Train the network of recipe `name`; returns the path of the weights.
 
     Goes on from the checkpoint in `out_dir`, on a CPU to the same bits. Without one it goes on from the weights of the
-    network that the recipe names as its `start`, or from its own if they are shipped but not finished (with a fresh
-    optimiser and warm-up, which the model card says), else from the beginning.
+    recipe's `start`, or from its own if they are shipped but not finished (with a fresh optimiser and warm-up, which
+    the card says), else from the beginning.
     Ends after the recipe's images; or, given `minutes`, when these are over, the learning rate falling to zero over the
     recipe's share of them; or at SIGINT or SIGTERM, after the step it is at. Whichever it is, checkpoint, weights and
     card are left, as they are every `save_minutes`; saved(weights) is called after each time.
-    device: `default_device()` unless given. There flips and noise are drawn, and nothing waits for it but what is
-    written down.
+    device: `default_device()` unless given; flips and noise are drawn there, and only what is written waits for it.
     Raises UserError when the loss is not finite, naming the step, for a `start` of another architecture or one that has
     seen all the recipe's images, and if another process trains on the same checkpoint.
     """
@@ -290,12 +269,11 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     checkpoint = out_dir / f"{name}.checkpoint.safetensors"
     with _only_one(checkpoint), _signals() as asked_to_stop:
         progress = _begin(name, recipe, checkpoint, model, ema, optimizer, minutes is not None)
-        step, before, recent = progress["step"], progress["seconds"], []
-        bar = tqdm(total=round(length), initial=int(passed()), desc=name, unit=" steps" if minutes is None else "s",
-                   mininterval=10)  # fmt: skip
-        while passed() < length and not asked_to_stop():
-            optimizer.param_groups[0]["lr"] = learning_rate(training, step - progress["first_step"], passed(), length,
-                                                            decay)  # fmt: skip
+        step, first, before, recent = progress["step"], progress["first_step"], progress["seconds"], []
+        unit = " steps" if minutes is None else "s"
+        bar = tqdm(total=round(length), initial=int(passed()), desc=name, unit=unit, mininterval=10)
+        while passed() < length and not asked_to_stop:
+            optimizer.param_groups[0]["lr"] = learning_rate(training, step - first, passed(), length, decay)
             x, labels = batches(step)
             with torch.autocast(device.type, torch.bfloat16, enabled=training["precision"] == "bfloat16"):
                 loss = loss_of(model, x, labels, Draws(device, seed, 3, step))
@@ -308,8 +286,7 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             with torch.no_grad():
-                kept = ema_decay(training, step - 1)
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - kept)
+                torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - ema_decay(training, step - 1))
             if step % training["log_every"] == 0:
                 progress["log"].append({"images": step * size, "loss": _finite(name, recent, step)})
                 recent.clear()
@@ -322,26 +299,21 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
         return save(evaluate=True)
 
 
-# ---- weights and their card --------------------------------------------------------------
-
-
 def export(name: str, out_dir: Path, device: torch.device | None = None, evaluate: bool = True) -> Path:
     """Write the EMA weights of a checkpoint as `<name>.safetensors`, with its model card.
 
     In bfloat16: in mixed precision sampling then computes with these very weights, not with others that it rounded.
     Without `evaluate`, or without the test images, the card says null where the held-out loss would be.
     """
-    checkpoint = out_dir / f"{name}.checkpoint.safetensors"
+    checkpoint, path = out_dir / f"{name}.checkpoint.safetensors", out_dir / f"{name}.safetensors"
     if not checkpoint.is_file():
-        raise UserError(f"nothing to export: {checkpoint} is absent; "
-                        f"train it first: `python -m dgutils train-score {name}`, or train-extractor")
+        raise UserError(f"nothing to export: {checkpoint} is absent: first `python -m dgutils train-score {name}`")
     tensors, metadata = read_tensors(checkpoint)
     progress = json.loads(metadata["progress"])
     recipe, size = progress["recipe"], progress["recipe"]["training"]["batch_size"]
-    weights = {k.removeprefix("ema."): v.bfloat16() for k, v in tensors.items() if k.startswith("ema.")}
-    path = out_dir / f"{name}.safetensors"
+    weights = {k: v.bfloat16() for k, v in _starting_with("ema.", tensors).items()}
     write_tensors(path, weights, {"recipe": json.dumps(recipe)})
-    _write_card(path.with_suffix(".json"), {
+    _write_card(path, {
         "name": name, "what": recipe["what"], "licence": recipe["licence"],
         "parameters": sum(v.numel() for v in weights.values()), "images_seen": progress["step"] * size,
         "finished": progress["finished"], "optimizer_restarted_at_images": progress["first_step"] * size,
@@ -353,10 +325,8 @@ def export(name: str, out_dir: Path, device: torch.device | None = None, evaluat
     return path
 
 
-def _write_card(path: Path, card: dict) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(card, indent=1) + "\n")
-    temporary.replace(path)
+def _write_card(weights: Path, card: dict) -> None:
+    write_whole(weights.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
 
 
 def join(name: str, folder: Path, out_dir: Path) -> Path:
@@ -371,7 +341,7 @@ def join(name: str, folder: Path, out_dir: Path) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     path = join_parts(folder / f"{name}.safetensors", out_dir / f"{name}.safetensors", card["sha256"])
     card["evaluation"] = card["evaluation"] or _evaluate(read_tensors(path)[0], card["recipe"], default_device())
-    _write_card(path.with_suffix(".json"), card)
+    _write_card(path, card)
     return path
 
 
@@ -393,12 +363,11 @@ def _evaluate(weights, recipe, device, n=2000) -> dict | None:
     chunks, loss_of = list(zip(x.split(250), y.split(250), strict=True)), LOSSES[recipe["architecture"]]
     draws = Draws(device, 0, 4, by_numpy=True)  # the same noise for every network, whatever the device
     result = {"n": n, "test_loss": float(np.mean([loss_of(model, a, b, draws).item() for a, b in chunks]))}
-    if recipe["architecture"] == "EncoderUNet":
-        for key, sigma in (("accuracy_clean", 0.0), ("accuracy_sigma_0.2", 0.2), ("accuracy_sigma_1", 1.0)):
-            level, hits = torch.tensor(sigma), 0
-            for a, b in chunks:
-                x_vp = noise.vp_scale(level) * (a + level * draws.normal(*a.shape))
-                vp_time = noise.sigma_to_vp_time(level).expand(len(a)).to(device)
-                hits += (model(x_vp, vp_time).argmax(1) == b).sum().item()
-            result[key] = hits / n
+    accuracies = {"accuracy_clean": 0.0, "accuracy_sigma_0.2": 0.2, "accuracy_sigma_1": 1.0}
+    for key, sigma in accuracies.items() if recipe["architecture"] == "EncoderUNet" else ():
+        level, hits = torch.tensor(sigma), 0
+        for a, b in chunks:
+            x_vp = noise.vp_scale(level) * (a + level * draws.normal(*a.shape))
+            hits += (model(x_vp, noise.sigma_to_vp_time(level).expand(len(a)).to(device)).argmax(1) == b).sum().item()
+        result[key] = hits / n
     return result

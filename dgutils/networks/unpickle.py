@@ -1,12 +1,13 @@
 """A reader of NVIDIA's network pickles that runs nothing they name.
 
-A pickle is a program for a stack machine, and may call any function of any module. The machine here knows only
+A pickle is a program for a stack machine, and may call any function of any module. The reader here knows only
 the opcodes and the calls that those files are made of. It never looks a name up: what it builds are numbers,
 text, plain containers, tensors and `Saved` objects. A file that names anything else is refused, with the names.
 """
 
 import io
 import math
+import pickle
 import pickletools
 import re
 import warnings
@@ -21,10 +22,13 @@ from dgutils.errors import UserError
 
 @dataclass(frozen=True)
 class Global:
-    """A name in the file, as inert as the text it is."""
+    """A name in the file, as inert as the text it is. Called, it is the function of ours that stands for it."""
 
     module: str
     name: str
+
+    def __call__(self, *arguments):
+        return _CALLS[self](*arguments) if self in _CALLS else self
 
 
 @dataclass
@@ -37,16 +41,19 @@ class Saved:
     state: dict = field(default_factory=dict)
 
 
-class _Malformed(Exception):
-    """The file is not what its kind should be; the text says where."""
+class _Refused(Exception):
+    """The file asks for something that no network needs; the text says what."""
 
 
 def _expect(condition, text: str) -> None:
     if not condition:
-        raise _Malformed(text)
+        raise ValueError(text)
 
 
-# ---- the calls that the files are made of ------------------------------------------------
+def _keys(values):
+    """Keys are text or numbers: nothing whose hash takes long or recurses."""
+    _expect(all(type(v) in (str, int, float, bool) for v in values), "a key that is neither text nor number")
+    return values
 
 
 def _saved(meta):
@@ -96,131 +103,76 @@ def _scalar(dtype, data):
     return np.frombuffer(data, dtype)[0].item()
 
 
-def _dict():
-    return {}
-
-
 def _set(members):
     _expect(type(members) is list, "a set without members")
     return set(_keys(members))
 
 
-def _module_dict():
-    return Saved("ModuleDict")
-
-
 _CALLS = {
     Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _saved,
-    Global("torch.nn.modules.container", "ModuleDict"): _module_dict,
+    Global("torch.nn.modules.container", "ModuleDict"): lambda: Saved("ModuleDict"),
     Global("torch._utils", "_rebuild_parameter"): _parameter,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch.storage", "_load_from_bytes"): _storage,
     Global("numpy", "dtype"): _dtype,
     Global("numpy.core.multiarray", "scalar"): _scalar,
     Global("numpy._core.multiarray", "scalar"): _scalar,  # its name since NumPy 2
-    Global("collections", "OrderedDict"): _dict,
-    Global("dnnlib.util", "EasyDict"): _dict,  # a dict whose items are attributes too
+    Global("collections", "OrderedDict"): lambda: {},
+    Global("dnnlib.util", "EasyDict"): lambda: {},  # a dict whose items are attributes too
     Global("builtins", "set"): _set,
 }
+_OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE
+    BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1
+    TUPLE2 TUPLE3 APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL"""
 
 
-# ---- the machine -------------------------------------------------------------------------
+class _Opcodes(dict):
+    def __missing__(self, code):
+        raise _Refused(f"opcode {pickletools.code2op[chr(code)].name}")
 
 
-def _keys(values):
-    """Keys are text or numbers: nothing whose hash takes long or recurses."""
-    _expect(all(type(v) in (str, int, float, bool) for v in values), "a key that is neither text nor number")
-    return values
+class _Reader(pickle._Unpickler):
+    """Python's own unpickler less its opcodes that reach beyond the file; what calls or fills is written anew."""
 
+    dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code]
+                         for code in (getattr(pickle, name)[0] for name in _OPCODES.split())})  # fmt: skip
 
-class _Machine:
-    def __init__(self):
-        self.stack, self.marks, self.memo, self.refused = [], [], {}, []
+    def __init__(self, stream, refused):
+        super().__init__(stream)
+        self.refused = refused  # the unknown names, noted here; reading goes on, to find them all
 
-    def run(self, stream):
-        """The object that the pickle makes. Raises _Malformed, ValueError, IndexError, KeyError or TypeError."""
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            self.step(opcode.name, argument)
-
-    def pop(self, n):
-        _expect(len(self.stack) - n >= (self.marks[-1] if self.marks else 0), "an empty stack")
-        items = self.stack[len(self.stack) - n :]
-        del self.stack[len(self.stack) - n :]
-        return items
-
-    def pop_to_mark(self):
-        items = self.pop(len(self.stack) - self.marks[-1])
-        self.marks.pop()
-        return items
-
-    def into(self, kind):
-        """The container on top of the stack, of exactly this kind."""
-        _expect(type(self.stack[-1]) is kind, f"items for a {kind.__name__} that is none")
-        return self.stack[-1]
-
-    def name(self, module, name):
-        _expect(type(module) is type(name) is str, "a name that is no text")
+    def find_class(self, module, name):
         named = Global(module, name)
         if named not in _CALLS:
             self.refused.append(f"{module}.{name}")
-        self.stack.append(named)
+        return named
 
-    def step(self, opcode, argument):
-        push = self.stack.append
-        match opcode:
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
-            case ("BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "SHORT_BINUNICODE" | "BINUNICODE"
-                  | "BINUNICODE8" | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8"):  # fmt: skip
-                push(argument)
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_SET":
-                push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[opcode]())
-            case "MARK":
-                self.marks.append(len(self.stack))
-            case "TUPLE":
-                push(tuple(self.pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                push(tuple(self.pop(int(opcode[-1]))))
-            case "APPEND" | "APPENDS":
-                items = self.pop(1) if opcode == "APPEND" else self.pop_to_mark()
-                self.into(list).extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = self.pop(2) if opcode == "SETITEM" else self.pop_to_mark()
-                self.into(dict).update(zip(_keys(items[::2]), items[1::2], strict=True))
-            case "ADDITEMS":
-                items = self.pop_to_mark()
-                self.into(set).update(_keys(items))
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = self.stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = self.stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                push(self.memo[argument])
-            case "GLOBAL":
-                self.name(*argument.split(" ", 1))
-            case "STACK_GLOBAL":
-                self.name(*self.pop(2))
-            case "REDUCE" | "NEWOBJ":
-                function, arguments = self.pop(2)
-                _expect(type(arguments) is tuple, "a call without arguments")
-                known = type(function) is Global and function in _CALLS
-                _expect(known or self.refused, "a call of something that is no name")
-                push(_CALLS[function](*arguments) if known else function)
-            case "BUILD":
-                (state,) = self.pop(1)
-                if type(self.stack[-1]) is Saved:
-                    _expect(type(state) is dict, "an object without attributes")
-                    self.stack[-1].state.update(state)
-                else:  # a NumPy type's byte order is all that else has a state here
-                    _expect(isinstance(self.stack[-1], np.dtype) and type(state) is tuple and len(state) > 1
-                            and state[1] in ("<", "|"), "attributes for something that has none")  # fmt: skip
-            case _:
-                self.refused.append(f"opcode {opcode}")
-                raise _Malformed
+    def call(self):
+        arguments = self.stack.pop()
+        _expect(type(arguments) is tuple and type(self.stack[-1]) is Global, "a call of something that is no name")
+        self.stack[-1] = self.stack[-1](*arguments)
+
+    def set_items(self, items):
+        _expect(type(self.stack[-1]) is dict, "items for a dict that is none")
+        self.stack[-1].update(zip(_keys(items[::2]), items[1::2], strict=True))
+
+    def add_items(self):
+        items = self.pop_mark()
+        _expect(type(self.stack[-1]) is set, "items for a set that is none")
+        self.stack[-1].update(_keys(items))
+
+    def build(self):
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is Saved:
+            _expect(type(state) is dict, "an object without attributes")
+            target.state.update(state)
+        else:  # a NumPy type's byte order is all that else has a state here
+            _expect(isinstance(target, np.dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)),
+                    "attributes for something that has none")  # fmt: skip
+
+    dispatch |= {pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build, pickle.ADDITEMS[0]: add_items,
+                 pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
+                 pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark())}  # fmt: skip
 
 
 def read_pickle(path: Path):
@@ -228,19 +180,21 @@ def read_pickle(path: Path):
 
     Raises UserError if the file is unreadable, cut short, or names anything beyond what network pickles need.
     """
-    machine = _Machine()
+    refused = []
     try:
-        found = machine.run(io.BytesIO(Path(path).read_bytes()))
+        found = _Reader(io.BytesIO(Path(path).read_bytes()), refused).load()
     except UserError as error:
         raise UserError(f"{path} refused: the bytes of a tensor in it: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
-    except (_Malformed, ValueError, IndexError, KeyError, TypeError) as error:
-        if not machine.refused:
+    except _Refused as error:
+        refused.append(str(error))
+    except Exception as error:  # a program that does not work fails in a dozen ways
+        if not refused:
             raise UserError(f"{path} is not a network pickle, or is cut short ({error}): get it again") from error
-    if machine.refused:
-        names = ", ".join(sorted(set(machine.refused)))
-        raise UserError(f"{path} refused: it names {names}, which no network needs; nothing of it was run")
+    if refused:
+        raise UserError(f"{path} refused: it names {', '.join(sorted(set(refused)))}, which no network needs; "
+                        "nothing of it was run")
     return found
 
 
@@ -252,23 +206,19 @@ def state_dict(module: Saved, prefix: str = "") -> dict[str, torch.Tensor]:
     tensors, pending, seen = {}, [(prefix, module)], set()
     while pending:
         prefix, module = pending.pop(0)
-        parts = [module.state.get(key) for key in ("_parameters", "_buffers", "_modules")] if (
-            type(module) is Saved and id(module) not in seen) else [None]  # fmt: skip
+        fresh = type(module) is Saved and id(module) not in seen
+        parts = [module.state.get(key) for key in ("_parameters", "_buffers", "_modules")] if fresh else [None]
         if not all(type(part) is dict for part in parts):
             raise UserError(f"the object at '{prefix}' is not a torch module of its own")
         seen.add(id(module))
         parameters, buffers, children = parts
         passing = module.state.get("_non_persistent_buffers_set", ())
         for key, value in (parameters | {k: v for k, v in buffers.items() if k not in passing}).items():
-            if type(value) is torch.Tensor:
-                tensors[f"{prefix}{key}"] = value
-            elif value is not None:
+            if type(value) not in (torch.Tensor, type(None)):
                 raise UserError(f"{prefix}{key} is not a tensor")
+            tensors |= {f"{prefix}{key}": value} if value is not None else {}
         pending[:0] = [(f"{prefix}{key}.", child) for key, child in children.items() if child is not None]
     return tensors
-
-
-# ---- torch's own files -------------------------------------------------------------------
 
 
 def load_weights_only(file):

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,30 +27,24 @@ from dgutils.paths import weights_dir
 REGISTRY = Path(__file__).resolve().parent.parent / "assets" / "registry.yaml"
 REHEARSAL = "REHEARSAL"
 _MAGIC = {".pkl": (b"\x80",), ".pt": (b"PK", b"\x80"), ".npz": (b"PK",)}  # \x80: a pickle; PK: a zip archive
-
 _PACKED = (("tar", 257, b"ustar"), ("gzip", 0, b"\x1f\x8b"), ("bzip2", 0, b"BZh"), ("xz", 0, b"\xfd7zXZ"),
            ("7z", 0, b"7z\xbc\xaf"), ("rar", 0, b"Rar!"))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Published:
-    """One file of the registry.
-
-    kind: denoiser, extractor, discriminator, inception or data; config: of its network, where it has one of ours;
-    clock: "cosine" if its network reads time by the cosine schedule (noise.vp_to_cosine_time);
-    url: of the file, or of the Google Drive folder that has it; bytes, sha256: enforced where known.
-    """
+    """One file of the registry."""
 
     name: str
-    kind: str
+    kind: str  # denoiser, extractor, discriminator, inception or data
     what: str
     file: str
-    url: str
+    url: str  # of the file, or of the Google Drive folder that has it
     licence: str
     megabytes: float
-    config: dict | None = None
-    clock: str = "linear"
-    bytes: int | None = None
+    config: dict | None = None  # of its network, where that is one of ours
+    clock: str = "linear"  # or "cosine", the schedule by which its network reads time (noise.vp_to_cosine_time)
+    bytes: int | None = None  # enforced where known, as is
     sha256: str | None = None
 
     @property
@@ -90,13 +85,29 @@ def is_rehearsal() -> bool:
     return (weights_dir() / REHEARSAL).exists()
 
 
-# ---- checksums ---------------------------------------------------------------------------
+@contextmanager
+def writing(path: Path):
+    """Whoever cannot write `path`, below the weights folder, is told what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): set DGUTILS_WEIGHTS to a folder where you can; "
+                        "links to the files will do") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file atomically: a reader sees the old file or the whole new one, also if several processes write."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a file, computed once while the file stays the same by its inode, size and time of change."""
-    stat = path.stat()
-    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return _sha256(path, (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
@@ -135,32 +146,25 @@ def _difference(entry: Published, path: Path) -> str | None:
     """What is wrong with a file, in words; None if nothing is known to be."""
     known, size = _known(entry), path.stat().st_size
     if archive := packed(path):
-        return f"{archive}, not {entry.file} itself: unpack it"
+        return archive
     with open(path, "rb") as file:
-        start = file.read(2)
-    if not start.startswith(_MAGIC[Path(entry.file).suffix]):
-        return f"begins like a web page or another format, not like a {Path(entry.file).suffix} file"
+        if not file.read(2).startswith(_MAGIC[Path(entry.file).suffix]):
+            return f"begins like a web page or another format, not like a {Path(entry.file).suffix} file"
     if size != known.get("bytes", size):
         return f"has {size:,} bytes, not the {known['bytes']:,} expected"
-    if "sha256" in known and sha256_of(path) != known["sha256"]:
+    if sha256_of(path) != known.get("sha256", sha256_of(path)):
         return f"has sha256 {sha256_of(path)[:16]}..., not the {known['sha256'][:16]}... expected"
     return None
 
 
 def record(name: str) -> None:
     """Remember a file's size and sha256, to be enforced from now on. Call it when the file has proved readable."""
-    entry, records = published(name), _records()
-    if entry.file in records:
-        return
-    records[entry.file] = {"bytes": entry.path.stat().st_size, "sha256": sha256_of(entry.path), "url": entry.url}
-    path = weights_dir() / "checksums.json"
-    temporary = path.with_name(f".checksums.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): set DGUTILS_WEIGHTS to a folder where you can; "
-                        "links to the files will do") from error
+    entry, records, path = published(name), _records(), weights_dir() / "checksums.json"
+    if entry.file not in records:
+        size, digest = entry.path.stat().st_size, sha256_of(entry.path)
+        records[entry.file] = {"bytes": size, "sha256": digest, "url": entry.url}
+        with writing(path):
+            write_whole(path, (json.dumps(records, indent=1, sort_keys=True) + "\n").encode())
 
 
 def find(name: str) -> Path:
@@ -168,7 +172,7 @@ def find(name: str) -> Path:
     entry = published(name)
     if not entry.path.is_file():
         for archive in filter(zipfile.is_zipfile, weights_dir().glob("*.zip")):
-            if any(Path(inside).name == entry.file for inside in zipfile.ZipFile(archive).namelist()):
+            if entry.file in [Path(inside).name for inside in zipfile.ZipFile(archive).namelist()]:
                 raise UserError(f"{archive} holds {entry.file}: unpack it there, so that it is {entry.path}")
         where = "a file of" if _is_drive(entry.url) else "from"
         raise UserError(f"{entry.file} is not in {weights_dir()}: run `python -m dgutils fetch {name}`, "
@@ -183,81 +187,62 @@ def find(name: str) -> Path:
 
 def status(names: Iterable[str]) -> list[Status]:
     """What is here, and what a fetch would bring. Touches no network."""
-    found = []
-    for entry in map(published, names):
+
+    def one(entry):
         known = _known(entry)
         if not entry.path.is_file():
-            found.append(Status(entry, "absent", known.get("bytes") or int(entry.megabytes * 1e6)))
-        else:
-            intact = "verified" if "sha256" in known else "unrecorded"
-            state = "altered" if _difference(entry, entry.path) else intact
-            found.append(Status(entry, state, entry.path.stat().st_size))
-    return found
+            return Status(entry, "absent", known.get("bytes") or int(entry.megabytes * 1e6))
+        intact = "verified" if "sha256" in known else "unrecorded"
+        return Status(entry, "altered" if _difference(entry, entry.path) else intact, entry.path.stat().st_size)
 
-
-# ---- download ----------------------------------------------------------------------------
+    return [one(published(name)) for name in names]
 
 
 def _is_drive(url: str) -> bool:
     return url.startswith("https://drive.google.com/")
 
 
-class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, fp, code, msg, headers, newurl):
-        _require_https(newurl)
-        return super().redirect_request(request, fp, code, msg, headers, newurl)
-
-
-def _require_https(url):
+def _https(url):
     if not url.startswith("https://"):
         raise UserError(f"{url} is not https: weights are fetched over https only")
+    return url
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, fp, code, msg, headers, newurl):
+        return super().redirect_request(request, fp, code, msg, headers, _https(newurl))
 
 
 def _open(url: str, headers: dict):
     """A response whose whole way is https."""
-    _require_https(url)
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"} | headers)
+    request = urllib.request.Request(_https(url), headers={"Accept-Encoding": "identity"} | headers)
     return urllib.request.build_opener(_HttpsOnly).open(request, timeout=60)
 
 
-def _tag_file(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".tag")
-
-
-def _transfer(url: str, partial: Path, open_url: Callable) -> None:
-    """One connection: append to `partial` what it lacks, or start over if the file at `url` is another by now.
-
-    The server's tag (ETag or date) is kept beside the partial file, so that two versions never mix. Raises OSError
-    or HTTPException when the connection breaks.
-    """
-    tag_file = _tag_file(partial)
-    tag = tag_file.read_text() if tag_file.exists() else ""
-    start = partial.stat().st_size if tag and partial.exists() else 0
-    with open_url(url, {"Range": f"bytes={start}-", "If-Range": tag} if start else {}) as response:
-        if response.status != 206:
-            start = 0
-        tag_file.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        with (open(partial, "r+b" if start else "wb") as file,
-              tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.name) as bar):  # fmt: skip
-            file.truncate(file.seek(start))
-            while block := response.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
-        if total is not None and partial.stat().st_size != total:
-            raise ConnectionError(f"the connection broke at {partial.stat().st_size:,} of {total:,} bytes")
-
-
 def _from_url(url: str, partial: Path, open_url: Callable) -> None:
-    """Download with as many connections as it takes, while each brings something."""
+    """Download with as many connections as it takes, while each brings something; goes on from a partial file.
+
+    The server's tag (ETag or date) is kept beside it, so that two versions never mix.
+    """
+    tag_file = partial.with_name(partial.name + ".tag")
     while True:
         before = partial.stat().st_size if partial.exists() else 0
+        tag = tag_file.read_text() if tag_file.exists() else ""
         try:
-            _transfer(url, partial, open_url)
-            return _tag_file(partial).unlink()
+            with open_url(url, {"Range": f"bytes={before}-", "If-Range": tag} if before and tag else {}) as response:
+                start = before if response.status == 206 else 0
+                tag_file.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+                length = response.headers.get("Content-Length")
+                total = start + int(length) if length else None
+                bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.name)
+                with open(partial, "ab" if start else "wb") as file, bar:
+                    while block := response.read(1 << 20):
+                        bar.update(file.write(block))
+                    file.flush()
+                    os.fsync(file.fileno())
+            if total not in (None, size := partial.stat().st_size):
+                raise ConnectionError(f"the connection broke at {size:,} of {total:,} bytes")
+            return tag_file.unlink()
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise
@@ -301,12 +286,8 @@ def fetch(names: Iterable[str], open_url: Callable = _open) -> None:
         partial = weights_dir() / "partial" / entry.file
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            if _is_drive(entry.url):
-                _from_drive(entry, partial)
-            else:
-                _from_url(entry.url, partial, open_url)
-            difference = _difference(entry, partial)
-            if not difference:
+            _from_drive(entry, partial) if _is_drive(entry.url) else _from_url(entry.url, partial, open_url)
+            if not (difference := _difference(entry, partial)):
                 os.replace(partial, entry.path)
         except UserError:
             raise

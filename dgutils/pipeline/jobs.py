@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from dgutils import datasets, metrics
+from dgutils.arrays import NotFiniteRows
 from dgutils.discriminator import Ensemble, MemberConfig, evaluate_logits
 from dgutils.errors import UserError
 from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
@@ -555,7 +556,7 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
     def compute_shard(rows):
         try:
             values = encode(source.images[rows.start : rows.stop], space, str(device()))
-        except metrics.NotFiniteRows as error:  # it counts from the shard's first
+        except NotFiniteRows as error:  # it counts from the shard's first
             numbers = [rows.start + row for row in error.rows[:8]]
             which = f"seeds {[images.seeds[i] for i in numbers]}" if images.seeds else f"images {numbers}"
             raise UserError(f"{images.label}: the {space} features of {len(error.rows)} images are not finite, "

@@ -1,4 +1,4 @@
-"""How alike the members of an ensemble are, and how strongly they guide, by noise level (notebook 06)."""
+"""How alike the members of an ensemble are by noise level (notebook 06)."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,8 +9,7 @@ import torch
 from dgutils.discriminator import EVALUATION, Ensemble, perturb
 from dgutils.guidance import grad_log_density_ratio
 from dgutils.noise import keyed_rng, sigma_to_vp_time, vp_scale, vp_time_to_sigma
-from dgutils.pipeline import jobs
-from dgutils.pipeline.jobs import Guidance, Sampling, Trained, device
+from dgutils.pipeline.jobs import Sampling, Trained, device
 from dgutils.pipeline.store import Store
 
 GRADIENTS_VERSION = 1  # raise it when the numbers of `member_gradients` change
@@ -98,20 +97,3 @@ def member_gradients(store: Store, trained: Trained, sigmas, num_images: int) ->
     path = artifact.ensure(make).path
     logits, gram = (np.load(path / f"{name}.npy", allow_pickle=False) for name in ("logits", "gram"))
     return MemberGradients(np.asarray(sigmas, np.float64), logits, gram)
-
-
-def guidance_norms(sampling: Sampling, guidance: Guidance, seeds) -> np.ndarray:
-    """Norm of what guidance adds to the denoised image at each Euler predictor, [steps, N], zero outside the window.
-
-    Follows the guided trajectories of these seeds in one batch; nothing is stored. Pixels span -1 to 1.
-    """
-    denoise, norms = jobs.make_denoiser(sampling, guidance), []
-
-    def watched(x, sigma, step, order):
-        denoised = denoise(x, sigma, step, order)
-        if order == 1:
-            norms.append(denoise.last_guidance.flatten(1).norm(dim=1).cpu().numpy())
-        return denoised
-
-    jobs.draw(sampling, watched, seeds, denoise.churn)
-    return np.stack(norms)

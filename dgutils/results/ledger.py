@@ -1,22 +1,30 @@
-"""A notebook's ledger: scores become recorded levels and changes, tables, sentences, and claims that test themselves.
+"""A notebook's ledger: what it records, its tables and sentences, and claims that test themselves.
 
 An arm's scores come by feature space, {"first": Scores, "second": Scores}; a list in the place of a Scores is an arm
 over independent trainings. Records are named <key>.<space>.<score> and <key>.<space>.<score>_change.
 """
 
+import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from IPython.display import Markdown
 from scipy import stats
 
+from dgutils.errors import UserError
+from dgutils.files import digest_of_file
+from dgutils.machine import now, provenance
 from dgutils.metrics import Interval, Resampled
 from dgutils.networks.features import metric_name
+from dgutils.paths import figures_dir
 from dgutils.pipeline.jobs import Scores
-from dgutils.results.records import Recorder, format_value, published
-from dgutils.results.statements import direction, summary, two_digits, verdict
+from dgutils.results import records as kept
+from dgutils.results.provenance import fingerprint, lineage, section_of, sections
+from dgutils.results.records import Results, format_value, published
+from dgutils.results.statements import direction, summary, two_digits, verdict, with_words
 
 SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
 COLUMNS = {"fd": "FD", "kid": "KID x 1000", "fd_change": "FD change", "kid_change": "KID change",
@@ -59,8 +67,8 @@ def excess(arm: BySpace, unguided: BySpace) -> BySpace:
         one.minus(other)  # raises unless the two are of the same seeds
         return combined([one, other], f"effect of {one.arm.label}", lambda pair: pair[0] - pair[1])
 
-    return {slot: [less(*pair) for pair in zip(scores, unguided[slot], strict=True)] if isinstance(scores, list)
-            else less(scores, unguided[slot]) for slot, scores in arm.items()}  # fmt: skip
+    each = {slot: [less(*pair) for pair in paired(scores, unguided[slot])] for slot, scores in arm.items()}
+    return {slot: effects if isinstance(arm[slot], list) else effects[0] for slot, effects in each.items()}
 
 
 def paired(arm: Scores | list[Scores], baseline: Scores | list[Scores]) -> list[tuple[Scores, Scores]]:
@@ -71,36 +79,29 @@ def paired(arm: Scores | list[Scores], baseline: Scores | list[Scores]) -> list[
 
 def over_trainings(values, level: float = 0.95) -> Interval:
     """Mean of a value over independent trainings, with Student's interval; of one training, the value alone."""
-    values, half = np.asarray(values, np.float64), 0.0
-    mean = values.mean()
+    mean, half = float(np.mean(values)), 0.0
     if len(values) > 1:
-        half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return Interval(float(mean), float(mean - half), float(mean + half), level, 0)
-
-
-def changes(arm: Scores | list[Scores], baseline: Scores | list[Scores], score: str) -> tuple[Interval, list[float]]:
-    """Change from baseline to arm in the unit of print, and its value in each training.
-
-    Of one training the interval is the paired bootstrap's; of several it is Student's, over trainings.
-    """
-    each = [scaled(one.minus(other, score), SCORES[score][1]) for one, other in paired(arm, baseline)]
-    values = [interval.value for interval in each]
-    return each[0] if len(each) == 1 else over_trainings(values), values
+        half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Interval(mean, mean - half, mean + half, level, 0)
 
 
 # --- the ledger
 
 
-class Ledger(Recorder):
-    """The records, tables and claims of one notebook.
+class Ledger:
+    """The records, tables and claims of one notebook in one profile; `write` makes them a file.
 
-    experiment: what holds the parameters and gives `scores(arm, space, reference)`.
+    experiment: what holds the parameters and gives `scores(arm, space, reference)`. notebook: its name, as in
+    '04_evaluation' (default: the experiment's); the file is <root>/<profile>/04.json.
     """
 
-    def __init__(self, experiment, notebook: str | None = None, root=None):
-        self.experiment, self.parameters = experiment, getattr(experiment, "parameters", experiment)
-        super().__init__(self.parameters.profile, notebook or experiment.notebook, root)
+    def __init__(self, experiment, notebook: str | None = None, root: Path | str | None = None):
+        self.experiment, self.parameters = experiment, experiment.parameters
+        self.profile, self.notebook = self.parameters.profile, notebook or experiment.notebook
+        self.path = kept.results_folder(self.profile, root) / f"{self.notebook.split('_')[0]}.json"
         self.spaces = dict(zip(("first", "second"), self.parameters.feature_spaces, strict=False))
+        self.records: dict[str, dict] = {}
+        self.tables: dict[str, dict] = {}
         self.compared: dict[str, tuple[str, str]] = {}  # key of a change -> labels of the arm and its baseline
         self.claims: dict[str, dict] = {}
 
@@ -116,61 +117,94 @@ class Ledger(Recorder):
 
     # --- numbers
 
-    def value(self, key: str, value: float | str | Interval, label: str, section: str, **about) -> None:
-        """Record a number, a word, or a value with its interval; `about` as in Recorder.record."""
+    def value(self, key: str, value: float | str | Interval, label: str, section: str, *, unit: str = "",
+              interval: tuple[float, float] | None = None, level: float | None = None, n: int | None = None,
+              seeds: range | list[int] | None = None, artifacts=(), digits: int | None = None) -> None:  # fmt: skip
+        """Record a number, alone or with its interval, or a word that the prose takes from the data ('lower').
+
+        label: what it is, in words. section: the notebook section that made it. interval: [low, high] at confidence
+        `level`. n: images behind it. artifacts: digests it was made from. digits: decimals in print; without it, what
+        the interval justifies, or 3 significant digits. Raises UserError for a bad key, and for what is not finite.
+        """
         if isinstance(value, Interval):
-            about |= {"interval": (value.low, value.high), "level": value.level}
-            value = value.value
-        self.record(key, value, label=label, cell=section, **about)
+            value, interval, level = value.value, (value.low, value.high), value.level
+        if not kept.KEY.fullmatch(key):
+            raise UserError(f"result key {key!r}: use lower-case words and digits, joined by . _ or -")
+        if (interval is None) != (level is None):
+            raise UserError(f"result {key}: an interval needs its level, and a level its interval")
+        value, *bounds = (number(one, key) for one in (value, *(interval or ())))
+        if bounds and not bounds[0] <= bounds[1]:
+            raise UserError(f"result {key}: the interval {bounds} is not [low, high]")
+        if isinstance(seeds, range):
+            seeds = {"first": seeds[0], "count": len(seeds)}
+        self.records[key] = {
+            "value": value, "label": label, "cell": section, "unit": unit, "interval": bounds or None, "level": level,
+            "n": n, "seeds": seeds, "artifacts": list(artifacts), "digits": digits}  # fmt: skip
+
+    def settings(self, parameters) -> None:
+        """Record the parameters of a run under settings.<name>, lists as their items."""
+        for name, value in dict(parameters).items():
+            if isinstance(value, int | float | str | list):
+                value = value if type(value) is int else kept.setting_text(value)
+                self.value(f"settings.{name}", value, f"parameter {name}", "parameters")
 
     def level(self, key: str, arm: BySpace, section: str) -> None:
         """Record an arm's scores in each feature space: FD, KID, precision, recall, density, coverage."""
         for slot, scores in arm.items():
-            where = f"of {scores.arm.label}, {scores.space}"
-            about = dict(section=section, n=scores.arm.n, seeds=scores.arm.seeds or None,
-                         artifacts=scores.digest.split("+"))  # fmt: skip
-            for score, (title, factor) in SCORES.items():
-                interval = scaled(getattr(scores, score).interval(), factor)
-                self.value(f"{key}.{slot}.{score}", interval, f"{title} {where}", **about)
-            for name, value in scores.manifold.items():
-                self.value(f"{key}.{slot}.{name}", value, f"{name} {where}", digits=3, **about)
+            found = {score: (title, scaled(getattr(scores, score).interval(), factor), None)
+                     for score, (title, factor) in SCORES.items()}  # fmt: skip
+            found |= {name: (name, value, 3) for name, value in scores.manifold.items()}
+            for name, (title, value, digits) in found.items():
+                self.value(f"{key}.{slot}.{name}", value, f"{title} of {scores.arm.label}, {scores.space}", section,
+                           n=scores.arm.n, seeds=scores.arm.seeds or None, artifacts=scores.digest.split("+"),
+                           digits=digits)  # fmt: skip
 
     def change(self, key: str, arm: BySpace, baseline: BySpace, section: str, only=tuple(SCORES),
                words: tuple[str, str] | None = None, spread: bool = False) -> None:  # fmt: skip
         """Record arm less baseline in each feature space, paired: <key>.<space>.kid_change and .fd_change.
 
-        only: the scores of interest. words: what sentences call the two (default: their labels). spread: of several
-        trainings, each one's change of KID, and standard deviations.
+        Of one training the interval is the paired bootstrap's; of several it is Student's, over trainings. only: the
+        scores of interest. words: what sentences call the two (default: their labels). spread: of several trainings,
+        each one's change of KID, and standard deviations.
         """
         for slot in arm:
             pairs = paired(arm[slot], baseline[slot])
+            one, several = pairs[0][0], f", over {len(pairs)} trainings" if len(pairs) > 1 else ""
             names = tuple(scores.arm.label.partition(", training")[0] for scores in pairs[0])
+            self.compared[key] = words or names
             digests = [digest for pair in pairs for scores in pair for digest in scores.digest.split("+")]
-            one, self.compared[key] = pairs[0][0], words or names
-            about = dict(section=section, n=one.arm.n, seeds=one.arm.seeds, artifacts=list(dict.fromkeys(digests)))
+            about = dict(section=section, n=one.arm.n, seeds=one.arm.seeds, artifacts=dict.fromkeys(digests))
             for score in only:
-                interval, values = changes(arm[slot], baseline[slot], score)
+                each = [scaled(ours.minus(other, score), SCORES[score][1]) for ours, other in pairs]
+                values = [interval.value for interval in each]
+                interval = over_trainings(values) if several else each[0]
                 about["digits"] = two_digits(interval.low, interval.high)
-                label = f"{SCORES[score][0]} of {' minus '.join(names)}, {one.space}"
-                label += f", over {len(values)} trainings" if len(values) > 1 else ""
+                label = f"{SCORES[score][0]} of {' minus '.join(names)}, {one.space}{several}"
                 name = f"{key}.{slot}.{score}"
                 self.value(f"{name}_change", interval, label, **about)
-                if spread and len(values) > 1:
+                if spread and several:
                     self.value(f"{name}_sd", float(np.std(values, ddof=1)), f"SD of {label}", **about)
-                    for number, value in enumerate(values if score == "kid" else (), 1):
-                        self.value(f"{name}_change.training{number}", value, f"training {number}: {label}", **about)
+                    for i, value in enumerate(values if score == "kid" else (), 1):
+                        self.value(f"{name}_change.training{i}", value, f"training {i}: {label}", **about)
 
     def course(self, key: str, label: str, history: list[dict], section: str, artifacts=()) -> tuple[str, ...]:
         """Record how a member's training went, by held-out loss; returns its row of a table, COURSE its columns."""
-        best = min(history, key=lambda row: row["val_loss"])
-        values = (history[-1]["epoch"], best["epoch"], best["val_loss"], history[-1]["val_loss"],
-                  history[-1]["train_loss"])  # fmt: skip
+        best, last = min(history, key=lambda row: row["val_loss"]), history[-1]
+        values = last["epoch"], best["epoch"], best["val_loss"], last["val_loss"], last["train_loss"]
         for fact, value in zip(COURSE.values(), values, strict=True):
-            self.value(f"{key}.{fact}", value, f"{label}: {fact.replace('_', ' ')}", section,
-                       digits=None if "epoch" in fact else 3, artifacts=list(artifacts))  # fmt: skip
+            self.value(f"{key}.{fact}", value, f"{label}: {fact.replace('_', ' ')}", section, artifacts=artifacts,
+                       digits=None if "epoch" in fact else 3)  # fmt: skip
         return label, *(f"{key}.{fact}" for fact in COURSE.values())
 
     # --- tables
+
+    def table(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> None:
+        """Record a table: column heads, and rows of a label followed by result keys (None: an empty cell)."""
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            raise UserError(f"table name {name!r}: use lower-case letters, digits and _")
+        if any(len(row) != len(columns) for row in rows):
+            raise UserError(f"table {name}: every row needs {len(columns)} cells, like the columns")
+        self.tables[name] = {"columns": columns, "rows": rows, "caption": caption}
 
     def show(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> Markdown:
         """Record a table and show it; a cell whose key nobody recorded is empty."""
@@ -191,21 +225,21 @@ class Ledger(Recorder):
 
     def show_blocks(self, key: str, blocks: dict[str, BySpace], section: str) -> Markdown:
         """Record FD in each block of seeds, its mean, standard deviation (of more than one) and minimum; show them."""
-        p, rows = self.parameters, []
+        rows, heads = [], {"mean": "Mean", "sd": "SD", "min": "Minimum"}
         for name, arm in blocks.items():
-            values = {f"block{number}": scores.fd.value for number, scores in enumerate(arm["first"], 1)}
-            fd, first = np.array(list(values.values())), arm["first"][0].arm
-            values |= {"mean": fd.mean(), "sd": fd.std(ddof=1) if len(fd) > 1 else None, "min": fd.min()}
-            rows.append((name, *(f"{key}.{name}.{field}" for field in values)))
+            fd, first = np.array([scores.fd.value for scores in arm["first"]]), arm["first"][0].arm
+            values = {f"block{number}": value for number, value in enumerate(fd, 1)}
+            heads = {block: block.replace("block", "Block ") for block in values} | heads
+            values |= {"mean": fd.mean(), "min": fd.min()} | ({"sd": fd.std(ddof=1)} if len(fd) > 1 else {})
+            rows.append((name, *(f"{key}.{name}.{field}" for field in heads)))
             for field, value in values.items():
-                if value is not None:
-                    self.value(f"{key}.{name}.{field}", value, f"FD of {name}: {field}", section, n=first.n, digits=2,
-                               seeds=range(first.seeds[0], first.seeds[0] + len(fd) * first.n),
-                               artifacts=[scores.digest for scores in arm["first"]])  # fmt: skip
-        columns = ["Arm", *(f"Block {number}" for number in range(1, len(fd) + 1)), "Mean", "SD", "Minimum"]
+                self.value(f"{key}.{name}.{field}", value, f"FD of {name}: {field}", section, n=first.n, digits=2,
+                           seeds=range(first.seeds[0], first.seeds[0] + len(fd) * first.n),
+                           artifacts=[scores.digest for scores in arm["first"]])  # fmt: skip
+        p = self.parameters
         caption = (f"{metric_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
                    f"{p.num_reference} real {p.reference_split} images.")
-        return self.show(key, columns, rows, caption)
+        return self.show(key, ["Arm", *heads.values()], rows, caption)
 
     def compare(self, scores: dict[str, BySpace], to, key: str, section: str, tables=(), labels=None, above=None,
                 caption: str = "", reference: str = "") -> Markdown:  # fmt: skip
@@ -249,6 +283,13 @@ class Ledger(Recorder):
         """A record in print."""
         return self.results.text(key)
 
+    def told(self, sentence: str) -> list[str]:
+        """A sentence whose {keys} are records; if they have a * for the feature space, a line for each space."""
+        spaces = self.spaces if ".*." in sentence else {"*": ""}
+        return [(f"**{space}**: " if space else "") + re.sub(
+            r"\{([^}]+)\}", lambda match, slot=slot: self.text(match[1].replace("*", slot)), sentence)
+            for slot, space in spaces.items()]  # fmt: skip
+
     def sentences(self, *keys: str) -> list[str]:
         """Recorded changes in words, KID first: for each feature space a line for each key that was recorded."""
         lines = []
@@ -261,20 +302,13 @@ class Ledger(Recorder):
                 lines.append(f"**{space}**: {'; '.join(parts)}.")
         return lines
 
-    def told(self, sentence: str) -> list[str]:
-        """A sentence whose {keys} are records; if they have a * for the feature space, a line for each space."""
-        spaces = self.spaces if ".*." in sentence else {None: ""}
-        return [(f"**{space}**: " if space else "") + re.sub(
-            r"\{([^}]+)\}", lambda match, slot=slot: self.text(match[1].replace("*", slot or "*")), sentence)
-            for slot, space in spaces.items()]  # fmt: skip
-
     def agreement(self, key: str, only=("kid",)) -> str:
         """Whether all feature spaces, and all these scores, say the same of a recorded change, as a sentence."""
         words = {self.text(f"{key}.{slot}.{score}_direction") for slot in self.spaces for score in only}
         arm, baseline = self.compared[key]
-        what = f"{' and '.join(score.upper() for score in only)} of {arm} against {baseline}"
-        return (f"{what}: all feature spaces agree, **{words.pop()}**." if len(words) == 1 else
-                f"{what}: feature spaces or scores **do not agree**; the effect depends on what is looked at.")
+        found = (f"all feature spaces agree, **{words.pop()}**" if len(words) == 1 else
+                 "feature spaces or scores **do not agree**; the effect depends on what is looked at")
+        return f"{' and '.join(score.upper() for score in only)} of {arm} against {baseline}: {found}."
 
     # --- claims
 
@@ -288,31 +322,29 @@ class Ledger(Recorder):
         if published_as:
             before, after = (published()[name]["value"] for name in published_as)
             sign = after - before
-        verdicts = {}
+        verdicts, name = {}, f"claim.{key}"
         if arm is not None:
-            self.change(f"claim.{key}", arm, baseline, section, only=["kid"])
-            for slot in arm:
-                verdicts[slot] = verdict(sign, *self.records[f"claim.{key}.{slot}.kid_change"]["interval"])
+            self.change(name, arm, baseline, section, only=["kid"])
+            verdicts = {slot: verdict(sign, *self.records[f"{name}.{slot}.kid_change"]["interval"]) for slot in arm}
             trainings = paired(arm["first"], baseline["first"])
-            self.value(f"claim.{key}.n", trainings[0][0].arm.n, f"{text}: n", section)
-            self.value(f"claim.{key}.trainings", len(trainings), f"{text}: trainings", section)
+            self.value(f"{name}.n", trainings[0][0].arm.n, f"{text}: n", section)
+            self.value(f"{name}.trainings", len(trainings), f"{text}: trainings", section)
         word = summary(list(verdicts.values()))
         word = word if published_as else word.replace("reproduced", "supported")  # nobody published it before
-        self.value(f"claim.{key}.summary", word, f"{text}: summary", section)
+        self.value(f"{name}.summary", word, f"{text}: summary", section)
         self.claims[key] = {"text": text, "published": published_as or (None, None), "verdicts": verdicts}
 
     def claims_table(self, name: str, caption: str) -> Markdown:
         """Record and show the table of all claims so far."""
-        spaces = [f"Our change ({space})" for space in self.spaces.values()]
-        rows = [(claim["text"], *claim["published"], *(f"claim.{key}.{slot}.kid_change" for slot in self.spaces),
-                 *(f"claim.{key}.{what}" for what in ("n", "trainings", "summary")))
+        spaces = {f"Our change ({space})": f"{slot}.kid_change" for slot, space in self.spaces.items()}
+        ours = spaces | {"n": "n", "Trainings": "trainings", "Verdict": "summary"}
+        rows = [(claim["text"], *claim["published"], *(f"claim.{key}.{what}" for what in ours.values()))
                 for key, claim in self.claims.items()]  # fmt: skip
-        columns = ["Claim", "Published before", "Published after", *spaces, "n", "Trainings", "Verdict"]
-        return self.show(name, columns, rows, caption)
+        return self.show(name, ["Claim", "Published before", "Published after", *ours], rows, caption)
 
     def claim_sentences(self) -> list[str]:
         """The claims in words, a line each that was tested, and one for the others."""
-        lines, untested = [], []
+        lines, untested = [], [claim["text"] for claim in self.claims.values() if not claim["verdicts"]]
         for key, claim in self.claims.items():
             before, after = claim["published"]
             told = f" (published {self.text(before)} to {self.text(after)})" if before else " (our own)"
@@ -320,11 +352,52 @@ class Ledger(Recorder):
                     for slot, word in claim["verdicts"].items()]  # fmt: skip
             if each:
                 lines.append(f"{claim['text']}{told}: **{self.text(f'claim.{key}.summary')}**; {'; '.join(each)}.")
-            else:
-                untested.append(claim["text"])
         return lines + [f"{len(untested)} claims are not testable at this scale: {'; '.join(untested)}."]
+
+    # --- the file
+
+    @property
+    def results(self) -> Results:
+        """What is recorded so far, and the published numbers, to be printed in the notebook itself."""
+        return Results(self.profile, with_words(published() | self.records), self.tables)
+
+    def write(self) -> Path:
+        """Write the file, with the code and the artifacts behind its records, and the digests of its figures.
+
+        If it holds these results already it stays: dates change only with results or code.
+        """
+        cells = sections(self.notebook)
+        figures = sorted(figures_dir(self.profile).glob(f"{self.notebook[:2]}_*.pdf"))
+        content = {
+            "profile": self.profile, "notebook": self.notebook, "records": self.records,
+            "tables": {name: table | {"cell": section_of(name, cells)} for name, table in self.tables.items()},
+            "figures": {path.stem: {"cell": cell, "sha256": digest_of_file(path)} for path in figures
+                        if (cell := section_of(path.stem, cells))},
+            "code": fingerprint(self.notebook),
+        }  # fmt: skip
+        content = json.loads(json.dumps(content, allow_nan=False))
+        try:
+            old = kept.read_results(self.path)
+        except (FileNotFoundError, NotADirectoryError):  # not looked for before: it may be removed in between
+            old = {}
+        if any(old.get(part) != content[part] for part in content):
+            digests = {digest for record in self.records.values() for digest in record["artifacts"]}
+            content |= {"provenance": {"date": now()} | provenance(), "lineage": lineage(self.profile, digests)}
+            kept.write_if_changed(self.path, json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+        return self.path
 
 
 def bullets(lines: list[str]) -> Markdown:
     """Sentences as a list."""
     return Markdown("\n".join(f"- {line}" for line in lines))
+
+
+def number(value, key: str) -> float | int | str:
+    """A plain finite number, or text. Raises UserError for anything else."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UserError(f"result {key}: {value!r} is neither a number nor text")
+    if not isinstance(value, str) and not math.isfinite(value):
+        raise UserError(f"result {key} is {value}: a number went wrong where it was computed")
+    return value

@@ -43,25 +43,19 @@ def digest_of_code(sources: Iterable[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def constants(module: str) -> dict[str, Any]:
-    """The constants of dgutils/<module>.py that are written as literals, without importing it (torch takes seconds)."""
-    found = {}
-    for node in ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                found[node.targets[0].id] = ast.literal_eval(node.value)
-            except ValueError:
-                pass  # computed
-    return found
+def constant(module: str, name: str) -> Any:
+    """A constant of dgutils/<module>.py that is written as a literal, without importing it (torch takes seconds)."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    return next(ast.literal_eval(node.value) for node in tree.body
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name)  # fmt: skip
 
 
 def fingerprint(notebook: str) -> dict:
     """The code that a notebook's results follow from: its cells, the rules of its statements, the steps' versions."""
-    gradients = constants("results/gradients")["GRADIENTS_VERSION"]
     rules = [(PACKAGE / "results" / f"{name}.py").read_text(encoding="utf-8") for name in ("statements", "ledger")]
-    return {"notebook": digest_of_code(source for _, source in sections(notebook)),
-            "statements": digest_of_code(rules),
-            "versions": constants("pipeline/jobs")["VERSIONS"] | {"gradients": gradients}}  # fmt: skip
+    versions = constant("pipeline/jobs", "VERSIONS") | {"gradients": constant("results/gradients", "GRADIENTS_VERSION")}
+    cells = digest_of_code(source for _, source in sections(notebook))
+    return {"notebook": cells, "statements": digest_of_code(rules), "versions": versions}
 
 
 # --- the artifacts
@@ -74,13 +68,12 @@ def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
     {name: digest}; that of a set of images also rows and first_seed. What no step made, a network or real images,
     has a label and no step. What is not stored has the entry that is kept with its scores (`store.read_kept`), or none.
     """
-    known = read_kept(results_dir(profile) / KEPT)["lineage"]
+    known, found = read_kept(results_dir(profile) / KEPT)["lineage"], {}
     stored: dict[str, list[dict]] = {}  # an artifact's digest -> its manifest, or those of its shards in order
-    root = runs_dir(profile) / "store"
-    for path in sorted(root.glob("*/*/manifest.json")) + sorted(root.glob("*/*/shard_?????/manifest.json")):
-        if manifest := read_manifest(path.parent):
-            stored.setdefault(manifest["digest"], []).append(manifest)
-    found: dict[str, dict] = {}
+    for pattern in ("*/*", "*/*/shard_?????"):
+        for folder in sorted((runs_dir(profile) / "store").glob(pattern)):
+            if manifest := read_manifest(folder):
+                stored.setdefault(manifest["digest"], []).append(manifest)
     wanted = dict.fromkeys(digests, "")  # digest -> what it is if no step made it
     while wanted:
         rows, inputs = _rows_of(wanted.keys() - stored.keys(), stored), {}
@@ -90,7 +83,7 @@ def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
                 found[digest] = _entry(stored[whole], n)
                 config = stored[whole][0]["identity"]["config"]
                 inputs |= {source: _source(role, source, config, stored)
-                           for role, source in found[digest]["inputs"].items()}
+                           for role, source in found[digest]["inputs"].items()}  # fmt: skip
             elif digest in known:
                 found[digest] = known[digest]
                 inputs |= dict.fromkeys(known[digest]["inputs"].values(), label)
@@ -105,9 +98,9 @@ def _entry(manifests: list[dict], n: int | None = None) -> dict:
     identity = manifests[0]["identity"]
     used = manifests[: -(-n // identity["shards"]["size"])] if n else manifests
     last = max(used, key=lambda manifest: manifest["created"])
-    rows = {"rows": n, "first_seed": identity["shards"]["first_seed"]} if n else {}
-    return rows | {name: last[name] for name in ("label", "created", "device", "revision")} | {
-        "step": identity["step"], "version": identity["version"], "inputs": identity["inputs"],
+    return ({"rows": n, "first_seed": identity["shards"]["first_seed"]} if n else {}) | {
+        **{name: last[name] for name in ("label", "created", "device", "revision")},
+        **{name: identity[name] for name in ("step", "version", "inputs")},
         "folder": f"{identity['step']}/{last['digest'][:16]}",
         "seconds": round(sum(manifest["seconds"] for manifest in used), 3)}  # fmt: skip
 
