@@ -2,7 +2,8 @@
 
 Rooms, from the ground up; a module imports from its own room and from those below it, and from no other:
 
-- the ground: ``errors``, ``paths``, ``arrays`` (what users hand over) and ``sources`` (files of images)
+- the ground: ``errors``, ``paths``, ``files``, ``machine``, ``arrays`` (what users hand over), ``sources`` (files of
+  images)
 - the method, in this folder: noise, sampler, guidance, discriminator, training, metrics, datasets; toy, a 2-D world
   where all of it is known exactly
 - ``networks``: architectures, their files and how those are read safely, training of the ones that are shipped

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dgutils.errors import UserError
+from dgutils.files import write_file
 from dgutils.paths import repo_root, results_dir
-from dgutils.pipeline.store import write_file
 from dgutils.results.records import (
     Results,
     causes,

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from dgutils.pipeline.store import write_file
+from dgutils.files import write_file
 from dgutils.results.plots import COLOURS, TEXT_WIDTH, look
 
 

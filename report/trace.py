@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 
 from dgutils.errors import UserError
+from dgutils.files import digest_of_file
 from dgutils.paths import figures_dir, repo_root, runs_dir
-from dgutils.pipeline.store import digest_of_file
 from dgutils.results.provenance import PACKAGE, fingerprint
 from dgutils.results.records import load_results, setting_text
 

@@ -31,14 +31,16 @@ from tqdm import tqdm
 from dgutils import datasets
 from dgutils.discriminator import Ensemble, MemberConfig, perturb
 from dgutils.errors import UserError
+from dgutils.files import write_file
 from dgutils.guidance import GuidedDenoiser, grad_log_density_ratio
+from dgutils.machine import provenance
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import AttentionBlock, EncoderUNet, Stem, init_head
 from dgutils.networks.edm import Denoiser, UNetBlock
 from dgutils.noise import PerSampleNoise, karras_sigmas, keyed_rng, sigma_to_vp_time, vp_scale
 from dgutils.paths import repo_root
 from dgutils.pipeline import jobs
-from dgutils.pipeline.store import Store, provenance, write_file
+from dgutils.pipeline.store import Store
 from dgutils.sampler import edm_sampler, network_denoiser
 from dgutils.training import Split, TrainingSettings, train_discriminators
 
@@ -174,7 +176,7 @@ def _wake(network, generator) -> None:
 
 def _heads(extractor_name: str, width: int, blocks: int, channels: int, count: int) -> list:
     """Heads that answer something: what training starts from zero is random here."""
-    heads = [init_head(jobs.head_config(extractor_name, width, blocks, channels), 0, m) for m in range(count)]
+    heads = [init_head(checkpoints.head_config(extractor_name, width, blocks, channels), 0, m) for m in range(count)]
     generator = torch.Generator().manual_seed(0)
     for head in heads:
         _wake(head.eval().requires_grad_(False), generator)
@@ -265,7 +267,7 @@ def training(names, runs: int, images: int) -> list:
         channels, height, width = checkpoints.image_shape(score_name)
         many = images // 8 if "published" in name else images  # those take their time
         pixels = np.random.default_rng(0).integers(0, 256, (many, height, width, channels), np.uint8)
-        labels, config = np.arange(many) % 2, jobs.head_config(extractor_name, *head)
+        labels, config = np.arange(many) % 2, checkpoints.head_config(extractor_name, *head)
 
         def train(count, extractor=extractor, config=config, pixels=pixels, labels=labels):
             batch = min(128, len(pixels))
@@ -330,9 +332,9 @@ def _grow(count: int, steps: int) -> dict:
     config = jobs.Sampling("fashion-mnist-edm", steps, batch_size=250, shard_size=250)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder, lambda line: None)
-        jobs.generate(store, config, 250)  # loads the network
+        jobs.image_set(store, config, 250).ensure()  # loads the network
         start = time.perf_counter()
-        jobs.generate(store, replace(config, sigma_max=79.0), count)
+        jobs.image_set(store, replace(config, sigma_max=79.0), count).ensure()
         return {"seconds": time.perf_counter() - start, "mib": bench_metrics._peak_mib()}
 
 

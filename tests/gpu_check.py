@@ -291,7 +291,7 @@ def parity_guided(size, found) -> dict:
     score_name, extractor_name, *head, _, _ = bench.SIZES["Fashion-MNIST, small"]
     score = Denoiser(**checkpoints.network_config(score_name))
     parts = [score, EncoderUNet(**checkpoints.network_config(extractor_name)),
-             *(EncoderUNet(**jobs.head_config(extractor_name, *head)) for _ in range(2))]  # fmt: skip
+             *(EncoderUNet(**checkpoints.head_config(extractor_name, *head)) for _ in range(2))]  # fmt: skip
     for part in parts:
         parity.fill(part.eval().requires_grad_(False))
     score.float32_levels = (math.inf, 0.0)
@@ -406,7 +406,7 @@ def training(size, found) -> dict:
     ours, many = _networks(size["names"][0]), size["train"]
     channels, height, width = ours.score.shape
     pixels = np.random.default_rng(0).integers(0, 256, (many, height, width, channels), np.uint8)
-    labels, config = np.arange(many) % 2, jobs.head_config(ours.extractor_name, *ours.head)
+    labels, config = np.arange(many) % 2, checkpoints.head_config(ours.extractor_name, *ours.head)
     members = tuple(MemberConfig(f"D{i}", 1e-4, 0.0, 1, t) for i, t in enumerate((1e-5, 1e-5, 1e-2, 1e-3, 1e-3, 1e-5)))
 
     def train(count, images=many, parts=1):

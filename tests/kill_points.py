@@ -62,21 +62,21 @@ def tiny_networks():
 
 def images(folder):
     """What the later stages begin with."""
-    return jobs.generate(Store(folder), tiny.sampling(), 40)
+    return jobs.image_set(Store(folder), tiny.sampling(), 40).ensure()
 
 
 def sampling(folder):
-    return jobs.generate(Store(folder), tiny.sampling(), 96)
+    return jobs.image_set(Store(folder), tiny.sampling(), 96).ensure()
 
 
 def training(folder):
     store = Store(folder)
-    return jobs.train(store, tiny.training(members=MEMBERS), images(folder))
+    return jobs.discriminators(store, tiny.training(members=MEMBERS), images(folder)).ensure()
 
 
 def features(folder):
     store, real = Store(folder), jobs.RealSet("fashion_mnist", "test", 1500)
-    return jobs.evaluate(store, images(folder), real, "tiny", 50)
+    return jobs.Score(store, images(folder), real, "tiny", 50).ensure()
 
 
 def report(folder):

@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+from dgutils.files import write_file  # noqa: E402
+from dgutils.machine import provenance  # noqa: E402
 from dgutils.networks import checkpoints, pretrain  # noqa: E402
-from dgutils.pipeline.store import provenance, write_file  # noqa: E402
 
 SHIPPED = "cifar10-edm"
 AFRESH = {

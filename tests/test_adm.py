@@ -8,7 +8,6 @@ from dgutils.errors import UserError
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import AttentionBlock, AttentionPool, EncoderUNet, GroupNorm, timestep_embedding
 from dgutils.networks.weights import published
-from dgutils.pipeline import jobs
 
 PUBLISHED_EXTRACTOR, PUBLISHED_HEAD = published("32x32_classifier").config, published("discriminator_60").config
 SMALL = dict(image_size=16, in_channels=2, model_channels=32, out_channels=5, num_res_blocks=1,
@@ -85,7 +84,7 @@ def test_shipped_encoders_keep_groups_of_four_channels(name):
 
 @pytest.mark.parametrize(("width", "groups"), [(16, 4), (32, 8), (64, 16), (128, 32), (256, 32)])
 def test_heads_have_groups_of_four_channels_until_the_published_32_fit(width, groups):
-    head = EncoderUNet(**jobs.head_config("fashion-mnist-adm", width, 0, 16))
+    head = EncoderUNet(**checkpoints.head_config("fashion-mnist-adm", width, 0, 16))
     assert {module.num_groups for module in head.modules() if isinstance(module, GroupNorm)} == {groups}
 
 

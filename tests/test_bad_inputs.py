@@ -63,7 +63,7 @@ def member(**changes):
 
 
 def images(store, **changes):
-    return jobs.generate(store, tiny.sampling(**changes), 8)
+    return jobs.image_set(store, tiny.sampling(**changes), 8).ensure()
 
 
 def record(**changes):
@@ -97,10 +97,10 @@ CASES = {
     "encoder too narrow for the published groups": (lambda s: network(EncoderUNet, num_group_channels=None), r"widths \[16, 16\] do not divide into 32 groups each: num_group_channels must"),
     "groups that do not divide": (lambda s: network(EncoderUNet, num_group_channels=3), "do not divide into groups of 3 channels"),
     "groups of no channels": (lambda s: network(EncoderUNet, num_group_channels=0), "do not divide into groups of 0 channels"),
-    "groups of a head": (lambda s: jobs.head_config("fashion-mnist-adm", 18, 1, 18), r"widths \[18\] do not divide into groups of 4"),
+    "groups of a head": (lambda s: checkpoints.head_config("fashion-mnist-adm", 18, 1, 18), r"widths \[18\] do not divide into groups of 4"),
     "encoder without blocks to widen": (lambda s: network(EncoderUNet, num_res_blocks=0, channel_mult=(1, 2)), "num_res_blocks 0: at least 1"),
-    "fewer blocks of a head than none": (lambda s: jobs.head_config("fashion-mnist-adm", 16, -1, 16), "num_res_blocks -1: at least 0"),
-    "head without width": (lambda s: jobs.head_config("fashion-mnist-adm", 0, 1, 16), "model_channels 0, .*: the first is even"),
+    "fewer blocks of a head than none": (lambda s: checkpoints.head_config("fashion-mnist-adm", 16, -1, 16), "num_res_blocks -1: at least 0"),
+    "head without width": (lambda s: checkpoints.head_config("fashion-mnist-adm", 0, 1, 16), "model_channels 0, .*: the first is even"),
     "encoder, other size": (lambda s: network(EncoderUNet).features(torch.zeros(2, 1, 28, 28), 0.5), r"takes inputs \[N, 1, 32, 32\], got"),
     "labels for an unconditional encoder": (lambda s: network(EncoderUNet)(torch.zeros(2, 1, 32, 32), 0.5, torch.zeros(2, dtype=torch.int64)),
                                             "class labels are needed by class-conditional"),
@@ -116,8 +116,8 @@ CASES = {
     "batch of 0": (lambda s: tiny.sampling(batch_size=0), "batch_size 0"),
     "negative batch": (lambda s: tiny.sampling(batch_size=-8), "batch_size -8"),
     "shard of 0": (lambda s: images(s, shard_size=0), "shard.size 0"),
-    "no images": (lambda s: jobs.generate(s, tiny.sampling(), 0), "0 rows asked for; ask for at least 1"),
-    "negative first seed": (lambda s: jobs.generate(s, tiny.sampling(), 8, -1), "first seed -1"),
+    "no images": (lambda s: jobs.image_set(s, tiny.sampling(), 0).ensure(), "0 rows asked for; ask for at least 1"),
+    "negative first seed": (lambda s: jobs.image_set(s, tiny.sampling(), 8, -1).ensure(), "first seed -1"),
     "classes of an unconditional network": (lambda s: images(s, conditional=True), "knows no classes"),
     "classifier-free without classes": (lambda s: tiny.sampling(cfg_network="tiny"), "set conditional"),
     "S_churn NaN": (lambda s: images(s, s_churn=NAN), "s_churn is nan"),
@@ -150,10 +150,9 @@ CASES = {
     "negative learning rate": (lambda s: train(members=member(learning_rate=-1.0)), "discriminator m: .*learning_rate"),
     "learning rate NaN": (lambda s: train(members=member(learning_rate=NAN)), "discriminator m: .*learning_rate"),
     "negative weight decay": (lambda s: train(members=member(weight_decay=-1.0)), "discriminator m: .*weight_decay"),
-    "fewer images than asked for": (lambda s: jobs.train(s, tiny.training(num_real=16), images(s)), "16 real and 8 generated images: give as many"),
+    "fewer images than asked for": (lambda s: jobs.discriminators(s, tiny.training(num_real=16), images(s)).ensure(), "16 real and 8 generated images: give as many"),
     "nothing held out": (lambda s: datasets.split_indices(np.zeros(9), 0, 2), "held_out_every 2"),
-    "columns of table 1 of other lengths": (lambda s: jobs.scaled_members(["a", "b"], [1e-3], [0], [1], [0.1], 1.0), "member_names.*2.*learning_rates.*1"),
-    "unknown state": (lambda s: jobs.train(s, tiny.training(num_real=16), jobs.generate(s, tiny.sampling(), 16)).ensemble(state="first"),
+    "unknown state": (lambda s: jobs.discriminators(s, tiny.training(num_real=16), jobs.image_set(s, tiny.sampling(), 16).ensure()).ensure().ensemble(state="first"),
                       "states are last, best, initial"),
     # data and weights
     "unknown dataset": (lambda s: datasets.load_dataset("mnist", "train"), "no dataset 'mnist' with split 'train'; there are:"),
@@ -193,8 +192,8 @@ CASES = {
 
 
 def tiny_scores(store, first_seed):
-    arm = jobs.generate(store, tiny.sampling(), 8, first_seed, label="arm")
-    return jobs.evaluate(store, arm, jobs.RealSet("fashion_mnist", "test", 16), "tiny", 2)
+    arm = jobs.image_set(store, tiny.sampling(), 8, first_seed, label="arm").ensure()
+    return jobs.Score(store, arm, jobs.RealSet("fashion_mnist", "test", 16), "tiny", 2).ensure()
 
 
 @pytest.mark.parametrize(("call", "message"), CASES.values(), ids=CASES)

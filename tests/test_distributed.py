@@ -70,8 +70,8 @@ def small_study(folder):
 
     jobs.sample, jobs.FEATURE_SHARD = deadly, 16
     store = Store(folder, lambda line: None)
-    images = jobs.generate(store, tiny.sampling(), IMAGES)
-    jobs.train(store, tiny.training(), jobs.generate(store, tiny.sampling(), 40))
+    images = jobs.image_set(store, tiny.sampling(), IMAGES).ensure()
+    jobs.discriminators(store, tiny.training(), jobs.image_set(store, tiny.sampling(), 40).ensure()).ensure()
     for of in (images, jobs.RealSet("fashion_mnist", "test", 50)):
         jobs.statistics(store, of, "tiny")
     learn(folder)
@@ -114,7 +114,7 @@ def run_out_of_time(folder):
 
     jobs.sample = slow
     with pytest.raises(ranks.TimeUp):
-        jobs.generate(Store(folder, lambda line: None), tiny.sampling(), IMAGES)
+        jobs.image_set(Store(folder, lambda line: None), tiny.sampling(), IMAGES).ensure()
     (folder / f"stopped_{group.rank}").touch()
     jobs.sample = sample
 
@@ -197,7 +197,7 @@ def test_when_the_time_is_up_all_ranks_stop_between_shards_and_what_is_done_stay
     done = arrays(tmp_path, "generate")
     assert 2 <= len(done) < IMAGES / 8 and not list(tmp_path.glob("**/*.tmp"))
     lines = []
-    assert jobs.generate(Store(tmp_path, lines.append), tiny.sampling(), IMAGES).n == IMAGES
+    assert jobs.image_set(Store(tmp_path, lines.append), tiny.sampling(), IMAGES).ensure().n == IMAGES
     assert f"{len(done)} of 10 shards stored" in lines[0]
     whole = arrays(alone, "generate")
     assert all(np.array_equal(whole[name], array) for name, array in arrays(tmp_path, "generate").items())
@@ -205,7 +205,7 @@ def test_when_the_time_is_up_all_ranks_stop_between_shards_and_what_is_done_stay
 
 def test_when_the_time_is_up_training_stops_between_epochs_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     store, whole = (Store(tmp_path / name, lambda line: None) for name in ("stopped", "whole"))
-    fakes, save = jobs.generate(store, tiny.sampling(), 40), Store.save_partial
+    fakes, save = jobs.image_set(store, tiny.sampling(), 40).ensure(), Store.save_partial
 
     def saved_late(*arguments):
         save(*arguments)
@@ -213,9 +213,10 @@ def test_when_the_time_is_up_training_stops_between_epochs_and_goes_on_to_the_sa
 
     with monkeypatch.context() as patch, pytest.raises(ranks.TimeUp):
         patch.setattr(Store, "save_partial", saved_late)
-        jobs.train(store, tiny.training(), fakes)
+        jobs.discriminators(store, tiny.training(), fakes).ensure()
     assert len(list((store.root / "partial").iterdir())) == 1 and not list(store.root.glob("train/*"))
-    heads = [jobs.train(s, tiny.training(), jobs.generate(s, tiny.sampling(), 40))._tensors for s in (store, whole)]
+    heads = [jobs.discriminators(s, tiny.training(), jobs.image_set(s, tiny.sampling(), 40))._tensors
+             for s in (store, whole)]
     assert all(torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
 
 

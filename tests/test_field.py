@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import __main__, paths
+from dgutils import __main__, machine, paths
 from dgutils.cli import main as cli
 from dgutils.errors import UserError
-from dgutils.pipeline import store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -285,7 +284,7 @@ def repository(tmp_path):
         return folder
 
     yield make
-    store.revision_of.cache_clear()
+    machine.revision_of.cache_clear()
 
 
 def head(folder):
@@ -303,10 +302,10 @@ def test_revision_whatever_git_is_told(repository, tmp_path, monkeypatch, config
     for name, text in more.items():
         monkeypatch.setenv(name, text.replace("{home}", str(tmp_path)))
     (ours / "untracked").touch()
-    clean = store.revision_of(ours)
-    store.revision_of.cache_clear()
+    clean = machine.revision_of(ours)
+    machine.revision_of.cache_clear()
     (ours / "code.py").write_text("2\n")
-    changed = store.revision_of(ours)
+    changed = machine.revision_of(ours)
     for name in more:
         monkeypatch.delenv(name)
     assert (clean, changed) == (head(ours), head(ours) + "-dirty") and head(ours) != head(other)
@@ -317,8 +316,8 @@ def test_a_copy_inside_another_repository_has_no_revision(repository, tmp_path, 
     above = repository("above")
     (above / place).mkdir(parents=True)
     (above / place / "pyproject.toml").touch()
-    assert store.revision_of(above / place) is None and store.revision_of(above) == head(above)
-    assert store.revision_of(tmp_path) is None  # no repository at all
+    assert machine.revision_of(above / place) is None and machine.revision_of(above) == head(above)
+    assert machine.revision_of(tmp_path) is None  # no repository at all
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
@@ -326,10 +325,10 @@ def test_a_copy_inside_another_repository_has_no_revision(repository, tmp_path, 
 def test_a_clone_of_another_user_is_said_once(repository, monkeypatch, language):
     folder, lines = repository("theirs"), []
     monkeypatch.setenv("LANGUAGE", language)
-    monkeypatch.setattr(store, "log_line", lines.append)
+    monkeypatch.setattr(machine, "log_line", lines.append)
     for path in (folder, folder / ".git"):
         os.chown(path, 65534, 65534)
-    assert store.revision_of(folder) is store.revision_of(folder) is None
+    assert machine.revision_of(folder) is machine.revision_of(folder) is None
     assert len(lines) == 1 and f"git config --global --add safe.directory {folder}" in lines[0]
 
 

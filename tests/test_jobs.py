@@ -17,6 +17,7 @@ from dgutils.arrays import as_features
 from dgutils.discriminator import MemberConfig
 from dgutils.errors import UserError
 from dgutils.networks import checkpoints
+from dgutils.networks import features as spaces
 from dgutils.networks.adm import EncoderUNet
 from dgutils.networks.edm import Denoiser
 from dgutils.pipeline import jobs
@@ -77,7 +78,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def trained(store):
-    return jobs.train(store, training(), jobs.generate(store, sampling(), 40))
+    return jobs.discriminators(store, training(), jobs.image_set(store, sampling(), 40).ensure()).ensure()
 
 
 def test_images_do_not_depend_on_the_batch_size(store, trained):
@@ -85,7 +86,7 @@ def test_images_do_not_depend_on_the_batch_size(store, trained):
     guidances = (None, jobs.Guidance(trained, (0, 1), "mean_probability", boosting="released"))
     for guidance in guidances:
         sets = [
-            jobs.generate(store, sampling(batch_size=size, shard_size=size), 64, 100, guidance).images.astype(int)
+            jobs.image_set(store, sampling(batch_size=size, shard_size=size), 64, 100, guidance).images.astype(int)
             for size in (1, 7, 64)
         ]
         assert max(np.abs(a - sets[0]).max() for a in sets[1:]) <= 1
@@ -93,19 +94,19 @@ def test_images_do_not_depend_on_the_batch_size(store, trained):
 
 
 def test_second_run_hits_and_larger_sets_extend(store):
-    first = jobs.generate(store, sampling(), 16).images
+    first = jobs.image_set(store, sampling(), 16).ensure().images
     store.lines.clear()
-    more = jobs.generate(store, sampling(), 24).images
+    more = jobs.image_set(store, sampling(), 24).ensure().images
     assert np.array_equal(more[:16], first) and "2 of 3 shards stored" in store.lines[0]
     store.lines.clear()
-    jobs.generate(store, sampling(), 24)
+    jobs.image_set(store, sampling(), 24).ensure()
     assert store.lines[0].startswith("HIT")
-    jobs.generate(store, sampling(num_steps=5), 8)
+    jobs.image_set(store, sampling(num_steps=5), 8).ensure()
     assert "config.num_steps 4 -> 5" in store.lines[-1]
 
 
 def test_training_is_found_and_its_states_differ(store, trained):
-    again = jobs.train(store, training(), trained.fakes)
+    again = jobs.discriminators(store, training(), trained.fakes).ensure()
     assert store.lines[-1].startswith("HIT") and again.digest == trained.digest
     assert [len(h) for h in trained.history] == [2, 1]
     one, both = trained.ensemble([0]), trained.ensemble()
@@ -127,12 +128,12 @@ def test_interrupted_training_goes_on_to_the_same_bits(store, trained, tmp_path,
         epochs.append(name)
         raise Killed
 
-    fakes, real = jobs.generate(other, sampling(), 40), Store.save_partial
+    fakes, real = jobs.image_set(other, sampling(), 40).ensure(), Store.save_partial
     monkeypatch.setattr(Store, "save_partial", killed_after_first_epoch)
     with pytest.raises(Killed):
-        jobs.train(other, training(), fakes)
+        jobs.discriminators(other, training(), fakes).ensure()
     monkeypatch.setattr(Store, "save_partial", real)
-    resumed = jobs.train(other, training(), fakes)
+    resumed = jobs.discriminators(other, training(), fakes).ensure()
     assert epochs and resumed.history == trained.history
     for key, value in trained._tensors.items():
         assert torch.equal(value, resumed._tensors[key]), key
@@ -140,7 +141,7 @@ def test_interrupted_training_goes_on_to_the_same_bits(store, trained, tmp_path,
 
 
 def test_splits_are_balanced_and_held_out(store, trained):
-    parts = jobs.splits(trained.config, trained.fakes)
+    parts = trained.splits
     assert [len(p.labels) for p in parts] == [64, 8, 8]
     assert all(p.labels.mean() == 0.5 for p in parts)
     logits, labels = jobs.held_out_logits(store, trained, [0.1, 0.5])
@@ -148,11 +149,11 @@ def test_splits_are_balanced_and_held_out(store, trained):
 
 
 def test_scores_pair_equal_seeds_only(store):
-    a = jobs.generate(store, sampling(), 40, label="a")
-    b = jobs.generate(store, sampling(num_steps=3), 40, label="b")
-    other = jobs.generate(store, sampling(), 40, first_seed=8, label="other seeds")
+    a = jobs.image_set(store, sampling(), 40, label="a").ensure()
+    b = jobs.image_set(store, sampling(num_steps=3), 40, label="b").ensure()
+    other = jobs.image_set(store, sampling(), 40, first_seed=8, label="other seeds").ensure()
     real = jobs.RealSet("fashion_mnist", "test", 60)
-    scores = [jobs.evaluate(store, arm, real, "tiny", 20) for arm in (a, b, other)]
+    scores = [jobs.Score(store, arm, real, "tiny", 20).ensure() for arm in (a, b, other)]
     interval = scores[1].minus(scores[0])
     assert interval.value == pytest.approx(scores[1].fd.value - scores[0].fd.value) and interval.low < interval.high
     assert scores[0].minus(scores[0], "kid").low == scores[0].minus(scores[0], "kid").high == 0
@@ -192,7 +193,7 @@ def kept(tmp_path, monkeypatch):
     """A clone in which an arm was scored and its scores kept, while all else was removed since; and those scores."""
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
     real = jobs.RealSet("fashion_mnist", "test", 60)
-    scores = jobs.evaluate(jobs.open_store("smoke"), guided_arm(jobs.open_store("smoke")), real, "tiny", 20)
+    scores = jobs.Score(jobs.open_store("smoke"), guided_arm(jobs.open_store("smoke")), real, "tiny", 20).ensure()
     path = results.keep("smoke")
     shutil.rmtree(tmp_path / "runs")
     return path, scores
@@ -200,14 +201,14 @@ def kept(tmp_path, monkeypatch):
 
 def test_scores_that_are_kept_need_no_images(kept, capsys):
     store, real = jobs.open_store("smoke"), jobs.RealSet("fashion_mnist", "test", 60)
-    again = jobs.evaluate(store, guided_arm(store), real, "tiny", 20)
+    again = jobs.Score(store, guided_arm(store), real, "tiny", 20).ensure()
     assert (again.fd.value, again.kid.value, again.manifold) == (kept[1].fd.value, kept[1].kid.value, kept[1].manifold)
     assert np.array_equal(again.kid.draws, kept[1].kid.draws)
     assert not store.root.exists() and "kept in" in capsys.readouterr().err
     made = provenance.lineage("smoke", [again.digest])  # down to the networks
     assert {entry.get("step") for entry in made.values()} == {"evaluate", "generate", "train", None}
     assert {"tiny"} <= {entry["label"] for entry in made.values()}
-    other = jobs.evaluate(store, guided_arm(store), real, "tiny", 21)  # another score is not kept: all is made
+    other = jobs.Score(store, guided_arm(store), real, "tiny", 21).ensure()  # another score is not kept: all is made
     assert other.fd.value == again.fd.value and store.root.exists()
     results.keep("smoke")
     assert len(json.loads(kept[0].read_text())["scores"]) == 2
@@ -219,11 +220,11 @@ def test_scores_in_the_store_come_before_those_that_are_kept(kept, capsys):
         scores["fd"]["value"] = 0.0
     store_module.write_kept(kept[0], content["scores"], content["lineage"])
     store, real = jobs.open_store("smoke"), jobs.RealSet("fashion_mnist", "test", 60)
-    assert jobs.evaluate(store, guided_arm(store), real, "tiny", 20).fd.value == 0
-    jobs.evaluation(store, guided_arm(store), real, "tiny", 20).ensure(
+    assert jobs.Score(store, guided_arm(store), real, "tiny", 20).ensure().fd.value == 0
+    jobs.Score(store, guided_arm(store), real, "tiny", 20).artifact.ensure(
         lambda folder: (folder / "scores.json").write_text(json.dumps(content["scores"].popitem()[1] | {
             "fd": {"value": 7.0, "draws": [7.0]}})) and None)
-    assert jobs.evaluate(store, guided_arm(store), real, "tiny", 20).fd.value == 7
+    assert jobs.Score(store, guided_arm(store), real, "tiny", 20).ensure().fd.value == 7
 
 
 @pytest.mark.parametrize("damage", [
@@ -233,7 +234,7 @@ def test_damaged_file_of_kept_scores_is_one_line(kept, damage):
     kept[0].write_text(damage(kept[0].read_text()))
     with pytest.raises(UserError, match=r"scores\.json is damaged: restore it with git, or remove it"):
         store = jobs.open_store("smoke")
-        jobs.evaluate(store, guided_arm(store), jobs.RealSet("fashion_mnist", "test", 60), "tiny", 20)
+        jobs.Score(store, guided_arm(store), jobs.RealSet("fashion_mnist", "test", 60), "tiny", 20).ensure()
 
 
 def test_no_scores_to_keep_is_one_line(tmp_path, monkeypatch):
@@ -245,11 +246,12 @@ def test_no_scores_to_keep_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: jobs.generate(s, sampling(batch_size=3), 4), "not a multiple of batch_size"),
-        (lambda s: jobs.generate(s, sampling(), 0), "at least 1"),
-        (lambda s: jobs.generate(s, sampling(num_steps=1), 8), "num_steps >= 2"),
+        (lambda s: jobs.image_set(s, sampling(batch_size=3), 4).ensure(), "not a multiple of batch_size"),
+        (lambda s: jobs.image_set(s, sampling(), 0).ensure(), "at least 1"),
+        (lambda s: jobs.image_set(s, sampling(num_steps=1), 8).ensure(), "num_steps >= 2"),
         (lambda s: jobs.RealSet("fashion_mnist", "test", 20_000).images, "has 10000 test images"),
-        (lambda s: jobs.train(s, training(num_real=16), jobs.generate(s, sampling(), 8)), "as many of each"),
+        (lambda s: jobs.discriminators(s, training(num_real=16), jobs.image_set(s, sampling(), 8)).ensure(),
+         "as many of each"),
         (lambda s: jobs.features(s, jobs.RealSet("fashion_mnist", "test", 4), "efficientnet-b7"), "feature space"),
     ],
 )
@@ -270,7 +272,7 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
         score = t.random_network(t.Denoiser, t.SCORE, 0)
         checkpoints.load_denoiser = lambda name: score
         checkpoints.weights_digest = lambda name: "weights of " + name
-        jobs.generate(Store(sys.argv[1]), t.sampling(), 64)
+        jobs.image_set(Store(sys.argv[1]), t.sampling(), 64).ensure()
     """)
     victim = subprocess.Popen([sys.executable, "-c", script, tmp_path / "killed"], stderr=subprocess.DEVNULL)
     while not list((tmp_path / "killed").glob("generate/*/shard_00001")) and victim.poll() is None:
@@ -279,9 +281,9 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
     victim.wait()
     finished = len(list((tmp_path / "killed").glob("generate/*/shard_?????/manifest.json")))
     lines = []
-    resumed = jobs.generate(Store(tmp_path / "killed", lines.append), sampling(), 64)
+    resumed = jobs.image_set(Store(tmp_path / "killed", lines.append), sampling(), 64).ensure()
     assert 2 <= finished < 8 and "of 8 shards stored" in lines[0], (finished, lines)
-    whole = jobs.generate(Store(tmp_path / "whole", lines.append), sampling(), 64)
+    whole = jobs.image_set(Store(tmp_path / "whole", lines.append), sampling(), 64).ensure()
     assert np.array_equal(resumed.images, whole.images)
 
 
@@ -290,16 +292,16 @@ GOLDEN = os.path.join(os.path.dirname(__file__), "golden.json")
 
 def measured(store) -> dict:
     """A few numbers of every step at its present version, with tiny networks in float32."""
-    fakes = jobs.generate(store, sampling(), 40)
+    fakes = jobs.image_set(store, sampling(), 40).ensure()
     # A rate at which training is not chaotic: weights off by 1e-5 of themselves, as by another machine's rounding,
     # move the second epoch's loss by 0.02 at a rate of 1e-2, by 2e-6 at 1e-3.
     members = (MemberConfig("a", 1e-3, 0.0, 2), MEMBERS[1])
-    trained = jobs.train(store, training(members=members), fakes)
+    trained = jobs.discriminators(store, training(members=members), fakes).ensure()
     # Untrained heads: training's last digits differ between machines, and the sampler would magnify them.
     guidance = jobs.Guidance(trained, (0, 1), "mean_probability", "initial", boosting="released")
     x = jobs.sample(sampling(), range(2), guidance)
     real = jobs.RealSet("fashion_mnist", "test", 60)
-    scores = jobs.evaluate(store, fakes, real, "tiny", 5)
+    scores = jobs.Score(store, fakes, real, "tiny", 5).ensure()
     numbers = {
         "generate": x[0, 0, ::7, ::7].flatten().tolist(),
         "train": [row["val_loss"] for history in trained.history for row in history],
@@ -323,7 +325,7 @@ def test_numbers_change_only_with_their_version(store):
 
 
 def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypatch):
-    images, extract = jobs.generate(store, sampling(), 24, 100), jobs.extract
+    images, extract = jobs.image_set(store, sampling(), 24, 100).ensure(), spaces.extract
     bad = images.images[[10, 17]]
 
     def spoilt(pixels, encode, *arguments, **options):
@@ -331,7 +333,7 @@ def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypat
         features[[any(np.array_equal(image, other) for other in bad) for image in pixels]] = np.nan
         return as_features(features)
 
-    monkeypatch.setattr(jobs, "extract", spoilt)
+    monkeypatch.setattr(spaces, "extract", spoilt)
     monkeypatch.setattr(jobs, "FEATURE_SHARD", 8)
     with pytest.raises(UserError, match=r"images: the tiny features of 1 images are not finite, seeds \[110\]: look"):
         jobs.features(store, images, "tiny")

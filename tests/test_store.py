@@ -17,14 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dgutils.errors import UserError
-from dgutils.pipeline.store import (
-    Store,
-    canonical_json,
-    digest_of_file,
-    lock,
-    save_array,
-    write_file,
-)
+from dgutils.files import digest_of_file, lock, save_array, write_file
+from dgutils.pipeline.store import Store, canonical_json, read_manifest
 
 REPO = Path(__file__).parent.parent
 CONFIG = {"num_steps": 18, "weight": 2.0, "window": [0.01, 1.0]}
@@ -139,7 +133,7 @@ def test_miss_computes_and_hit_does_not(store, lines):
     assert [line.split()[0] for line in lines] == ["MISS", "HIT"]
     assert lines[0] == f"MISS train {artifact.digest[:16]} (member 1): nothing stored yet"
     assert (again.path / "sub" / "note.txt").read_text() == "hello"
-    manifest = again.manifest
+    manifest = read_manifest(again.path)
     assert manifest["extra"] == {"seed": 7} and set(manifest["files"]) == {"a.npy", "sub/note.txt"}
     assert manifest["files"]["a.npy"] == {"sha256": digest_of_file(again.path / "a.npy"), "bytes": 8128}
     assert {"created", "seconds", "device", "revision", "versions", "identity"} <= manifest.keys()
@@ -148,7 +142,7 @@ def test_miss_computes_and_hit_does_not(store, lines):
 
 def test_not_computed_says_so(store):
     with pytest.raises(UserError, match="run its step"):
-        store.artifact("train", 1, {}).manifest  # noqa: B018
+        store.artifact("train", 1, {}).shards(10).load(5, "images")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -593,7 +587,7 @@ def test_full_disk_is_one_clear_line_and_what_was_done_stays(store, monkeypatch,
 
     fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(10, rows_of, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr("dgutils.pipeline.store.sync", full)
+        patch.setattr("dgutils.files.sync", full)
         with pytest.raises(UserError, match="no space left under"):
             fakes.ensure(20, rows_of, progress=False)
     assert [path.name for path in fakes.artifact.path.iterdir()] == ["shard_00000"]
@@ -618,7 +612,7 @@ def test_revision_is_dirty_by_code_and_not_by_results(tmp_path):
         subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
     def dirty():
-        script = "from dgutils.pipeline.store import provenance; print(provenance()['revision'])"
+        script = "from dgutils.machine import provenance; print(provenance()['revision'])"
         return subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, text=True,
                               stdout=subprocess.PIPE).stdout.strip().endswith("-dirty")  # fmt: skip
 

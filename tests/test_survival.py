@@ -52,7 +52,7 @@ def test_damaged_training_checkpoint_is_quarantined_and_training_begins_again(tm
     tiny.use_tiny_networks(monkeypatch)
     lines = []
     store = Store(tmp_path, lines.append)
-    fakes, save = jobs.generate(store, tiny.sampling(), 40), Store.save_partial
+    fakes, save = jobs.image_set(store, tiny.sampling(), 40).ensure(), Store.save_partial
 
     def killed(store, name, data):
         save(store, name, data)
@@ -60,15 +60,15 @@ def test_damaged_training_checkpoint_is_quarantined_and_training_begins_again(tm
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Store, "save_partial", killed)
-        jobs.train(store, tiny.training(), fakes)
+        jobs.discriminators(store, tiny.training(), fakes).ensure()
     (checkpoint,) = (tmp_path / "partial").iterdir()
     damaged = damage(checkpoint.read_bytes())
     checkpoint.write_bytes(damaged)
-    trained = jobs.train(store, tiny.training(), fakes)
+    trained = jobs.discriminators(store, tiny.training(), fakes).ensure()
     assert sum("QUARANTINED train-" in line and "beginning it again" in line for line in lines) == 1
     assert [path.read_bytes() for path in (tmp_path / "quarantine").iterdir()] == [damaged]
     whole = Store(tmp_path / "whole", lines.append)
-    again = jobs.train(whole, tiny.training(), jobs.generate(whole, tiny.sampling(), 40))
+    again = jobs.discriminators(whole, tiny.training(), jobs.image_set(whole, tiny.sampling(), 40).ensure()).ensure()
     assert digest_of_file(trained.artifact.path / "heads.safetensors") == \
         digest_of_file(again.artifact.path / "heads.safetensors")
 
@@ -231,10 +231,10 @@ def counted(artifact, make, write=Artifact.write):
     write(artifact, make)
 Artifact.write = counted
 store = Store(sys.argv[1] + "/store")
-fakes = jobs.generate(store, tiny.sampling(), 40)
-trained = jobs.train(store, tiny.training(), fakes)
-guided = jobs.generate(store, tiny.sampling(), 40, 0, jobs.Guidance(trained, (0, 1)))
-scores = jobs.evaluate(store, guided, jobs.RealSet("fashion_mnist", "test", 100), "tiny", 5)
+fakes = jobs.image_set(store, tiny.sampling(), 40).ensure()
+trained = jobs.discriminators(store, tiny.training(), fakes).ensure()
+guided = jobs.image_set(store, tiny.sampling(), 40, 0, jobs.Guidance(trained, (0, 1))).ensure()
+scores = jobs.Score(store, guided, jobs.RealSet("fashion_mnist", "test", 100), "tiny", 5).ensure()
 for _ in range(20):
     recorder = blank_ledger("smoke", "01_demo", sys.argv[1])
     recorder.value("fd", scores.fd.value, label="fd", section="demo")

@@ -99,7 +99,7 @@ def check_tex():
 def check_device():
     import torch
 
-    from dgutils.pipeline.jobs import device, resolve_precision
+    from dgutils.machine import device, resolve_precision
 
     precision = f"precision auto is {resolve_precision('auto')}"
     if device().type == "cuda":

@@ -74,7 +74,7 @@ def _images(arms: list[ImageSet | RealSet], scores: dict[str, list[Score]]) -> S
         disk = count * math.prod(checkpoints.image_shape(sampling.score_network))
         missing.append(arm.rows.status(arm.n).reason)
     for part in arms:
-        for space, store in {score.space: score.artifact.store for score in scores.get(part.digest, [])}.items():
+        for space, store in {score.space: score.store for score in scores.get(part.digest, [])}.items():
             rows = jobs.feature_rows(store, part, space)
             features[space] += len(rows.missing(part.n)) * rows.shard_size
     features = +features  # without those of which none is missing
@@ -174,7 +174,7 @@ def _feature_rate(space: str, shape) -> float | None:
     """Seconds an image of shape (C, H, W); None if the space's file is absent."""
     images = np.zeros((256, *shape[1:], shape[0]), np.uint8)
     try:
-        return _seconds(lambda n: jobs.encode(images[:n], space), len(images))
+        return _seconds(lambda n: jobs.encode(images[:n], space, str(jobs.device())), len(images))
     except UserError:
         return None
 

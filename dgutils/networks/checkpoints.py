@@ -305,3 +305,21 @@ def weights_digest(name: str) -> str:
         return model_card(name)["sha256"]
     entry = weights.registry().get(name) or _entry(name)
     return sha256_of(weights.find(name)) if entry.path.is_file() else "absent"
+
+
+def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_head_channels: int) -> dict:
+    """Arguments of the shallow head on an extractor's features: one level, attention, one output (DG).
+
+    Raises UserError for those that make no network.
+    """
+    with torch.device("meta"):  # their shapes, without a file
+        channels, size, _ = EncoderUNet(**network_config(feature_extractor)).feature_shape
+        head = dict(
+            image_size=size, in_channels=channels, model_channels=width, out_channels=1,
+            num_res_blocks=num_res_blocks, attention_resolutions=[1], channel_mult=[1],
+            num_head_channels=num_head_channels,
+        )  # fmt: skip
+        if width < 128 or width % 32:  # too narrow for the published 32 groups
+            head["num_group_channels"] = 4
+        EncoderUNet(**head)  # says what does not fit
+    return head

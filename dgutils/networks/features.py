@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from dgutils.arrays import as_array, as_features, blocks, whole
+from dgutils.discriminator import CLOCKS
 from dgutils.errors import UserError, require
-from dgutils.networks import weights
+from dgutils.networks import checkpoints, weights
 
 DEFAULT_SPACE = "efficientnet-lite0@128"
 
@@ -46,13 +47,22 @@ def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu")
 
 
 def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a named space (see `metric_name`)."""
+    """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a published space (see `metric_name`)."""
     images = as_images(images, (1, 3))
     if space == "inception":
         encode = _inception(weights.find("inception"), device)  # [B,2048]
     else:
         encode = _efficientnet_lite0(_resolution(space), device)  # [B,1280]
     return extract(images, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, device=device)
+
+
+def encode(images: np.ndarray, space: str, device: str = "cpu") -> np.ndarray:
+    """Features float32 [N,d] in a published space, or of an extractor (its name), averaged over positions."""
+    if space == "inception" or space.startswith("efficientnet"):
+        return image_features(images, space, device=device)
+    extractor = checkpoints.load_feature_extractor(space).to(device)
+    now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
+    return extract(images, lambda x: extractor.features(x, now).mean((2, 3)), 250, device=device)
 
 
 def _resolution(space: str) -> int:
@@ -65,7 +75,9 @@ def _resolution(space: str) -> int:
 
 def metric_name(space: str) -> str:
     """What a Fréchet distance in this space may be called: "FID" for Inception only."""
-    return "FID" if space == "inception" else f"FD (EfficientNet-Lite0, {_resolution(space)} px)"
+    if space.startswith("efficientnet"):
+        return f"FD (EfficientNet-Lite0, {_resolution(space)} px)"
+    return "FID" if space == "inception" else f"FD ({space} features)"
 
 
 @lru_cache(maxsize=2)

@@ -1,18 +1,20 @@
 """What a notebook begins with: its profile's parameters, a store, and the few verbs by which arms are declared.
 
-Nothing is drawn or trained by naming it. A notebook's cells tagged `arms` declare what will be drawn and scored, so
-that `work` and `plan`, which run those cells alone, know it too (`declared`).
+Nothing is drawn or trained by naming it. `work` and `plan`, which run a notebook's declaring cells alone, know it too.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from dgutils import datasets
-from dgutils.pipeline import jobs, parameters
-from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Scores, Trained, Training
-from dgutils.pipeline.store import Artifact, Store
+from dgutils.discriminator import MemberConfig
+from dgutils.networks.checkpoints import head_config
+from dgutils.pipeline import jobs
+from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Score, Scores, Trained, Training
+from dgutils.pipeline.parameters import Parameters, load
+from dgutils.pipeline.store import Store
 
 # The faults of the study's ensemble (`faulty_ensemble`), in words.
 FAULTS = {
@@ -27,41 +29,13 @@ FAULTS = {
 WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, and whose state at which epoch it held
 
 
-@dataclass(frozen=True, eq=False)
-class Score:
-    """An image set that is to be scored against real images in a feature space."""
-
-    experiment: "Experiment"
-    images: ImageSet | RealSet
-    space: str
-    reference: RealSet
-
-    @cached_property
-    def artifact(self) -> Artifact:
-        """Where the scores are stored."""
-        return jobs.evaluation(self.experiment.store, self.images, self.reference, self.space,
-                               self.experiment.parameters.num_resamples)  # fmt: skip
-
-    @property
-    def lacks(self) -> bool:
-        """Whether the scores are still to be computed: neither stored nor kept by the repository."""
-        return self.artifact.digest not in self.artifact.store.kept and not self.artifact.status().hit
-
-    def ensure(self) -> Scores:
-        """The scores, computed if they have to be."""
-        return jobs.evaluate(self.experiment.store, self.images, self.reference, self.space,
-                             self.experiment.parameters.num_resamples)  # fmt: skip
-
-
 class Experiment:
     """One notebook's parameters and store, and what it declares: `scored`, and what is made without being scored."""
 
     def __init__(self, namespace: Mapping[str, Any], notebook: str = "notebook"):
         """namespace: where the parameters are, `globals()` in a notebook; what is None there is the profile's."""
-        overrides = {name: namespace[name] for name in parameters.Parameters.model_fields
-                     if name != "profile" and namespace.get(name) is not None}  # fmt: skip
-        profile = namespace.get("profile") or "quick"
-        self.parameters = parameters.load(profile, overrides, f"notebook {notebook}")
+        said = {name: namespace[name] for name in Parameters.model_fields if namespace.get(name) is not None}
+        self.parameters = load(said.pop("profile", None) or "quick", said, f"notebook {notebook}")
         self.notebook = notebook
         self.scored: list[Score] = []
         self.made: list[ImageSet | Trained] = []
@@ -83,9 +57,10 @@ class Experiment:
     def training(self, epoch_scale: float | None = None, **changes) -> Training:
         """Table 1, its epochs times the profile's epoch_scale or this one; `changes` replaces fields of Training."""
         p = self.parameters
-        members = jobs.scaled_members(p.member_names, p.learning_rates, p.weight_decays, p.epochs, p.min_times,
-                                      epoch_scale or p.epoch_scale)  # fmt: skip
-        head = jobs.head_config(p.feature_extractor, p.head_width, p.head_blocks, p.head_channels)
+        columns = zip(p.member_names, p.learning_rates, p.weight_decays, p.epochs, p.min_times, strict=True)
+        members = tuple(MemberConfig(name, rate, decay, max(1, round(epochs * (epoch_scale or p.epoch_scale))), time)
+                        for name, rate, decay, epochs, time in columns)  # fmt: skip
+        head = head_config(p.feature_extractor, p.head_width, p.head_blocks, p.head_channels)
         return replace(Training(p.dataset, p.feature_extractor, head, members, p.num_fake, p.discriminator_batch_size,
                                 p.training_seed, p.sequential, p.precision, p.held_out_every,
                                 parts=p.training_parts), **changes)  # fmt: skip
@@ -103,7 +78,7 @@ class Experiment:
                **sampling) -> ImageSet:  # fmt: skip
         """Images of the evaluation seeds, the same in every arm: num_eval of them, or the first n.
 
-        Block b has the seeds from eval_seed + b num_eval on. `sampling` replaces fields of Sampling.
+        Block b has the seeds from eval_seed + b num_eval on; `sampling` replaces fields of Sampling.
         """
         p = self.parameters
         return jobs.image_set(self.store, self.sampling(**sampling), n or p.num_eval, p.eval_seed + block * p.num_eval,
@@ -148,14 +123,15 @@ class Experiment:
         """
         spaces = self.parameters.feature_spaces if spaces is None else spaces
         for one in (one for arm in arms.values() for one in (arm if isinstance(arm, list) else [arm])):
-            self.scored += [Score(self, one, space, reference or self.reference) for space in spaces
-                            if not isinstance(one, Trained)]  # fmt: skip
+            self.scored += [self._score(one, space, reference) for space in spaces if not isinstance(one, Trained)]
             self.made += [one] if isinstance(one, Trained) or not spaces else []
 
     def scores(self, arm: ImageSet | RealSet, space: str | None = None, reference: RealSet | None = None) -> Scores:
         """Scores of an arm in a feature space (default: the first) against a reference (default: `reference`)."""
-        space = space or self.parameters.feature_spaces[0]
-        return Score(self, arm, space, reference or self.reference).ensure()
+        return self._score(arm, space or self.parameters.feature_spaces[0], reference).ensure()
+
+    def _score(self, arm: ImageSet | RealSet, space: str, reference: RealSet | None) -> Score:
+        return Score(self.store, arm, reference or self.reference, space, self.parameters.num_resamples)
 
 
 # --- what several notebooks share
@@ -163,9 +139,8 @@ class Experiment:
 
 def fake_set(experiment: Experiment, **sampling) -> ImageSet:
     """The generated images that discriminators learn from: num_fake unguided ones, from fake_seed on."""
-    p, label = experiment.parameters, "fake set"
-    if "num_steps" in sampling:
-        label += f" of {sampling['num_steps']} steps"
+    p = experiment.parameters
+    label = "fake set" + (f" of {sampling['num_steps']} steps" if "num_steps" in sampling else "")
     return jobs.image_set(experiment.store, experiment.sampling(**sampling), p.num_fake, p.fake_seed, label=label)
 
 

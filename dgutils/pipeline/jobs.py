@@ -1,14 +1,13 @@
-"""The study's steps: generate images, train discriminators, extract features, evaluate. Each is found, not redone.
+"""The study's steps: draw images, train discriminators, extract features, score. Each is found, not redone.
 
-A step takes a store and a frozen config, asks the store for the artifact of that identity, and computes it
-only if it is not there. The integers in VERSIONS are the steps' numerical versions: raise one when its numbers
-change, and only then (tests/test_jobs.py fails when numbers change and the version does not).
+A step takes a store and a frozen config, and computes the artifact of that identity only if the store lacks it.
+VERSIONS are the steps' numerical versions: raise one when its numbers change, and only then (tests/test_jobs.py
+fails when numbers change and the version does not).
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -20,16 +19,17 @@ from tqdm import tqdm
 
 from dgutils import datasets, metrics
 from dgutils.arrays import NotFiniteRows
-from dgutils.discriminator import CLOCKS, Ensemble, MemberConfig, evaluate_logits
+from dgutils.discriminator import Ensemble, MemberConfig, evaluate_logits
 from dgutils.errors import UserError
 from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
+from dgutils.machine import device, log_line, resolve_precision
 from dgutils.networks import checkpoints
-from dgutils.networks.adm import EncoderUNet, init_head
-from dgutils.networks.features import extract, image_features, metric_name
+from dgutils.networks.adm import init_head
+from dgutils.networks.features import encode
 from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
 from dgutils.paths import results_dir, runs_dir
 from dgutils.pipeline import ranks
-from dgutils.pipeline.store import KEPT, Artifact, ShardedSet, Store, digest_of_json, log_line
+from dgutils.pipeline.store import KEPT, Artifact, ShardedSet, Store, digest_of_json
 from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
 from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
 
@@ -49,28 +49,9 @@ def open_store(profile: str) -> Store:
 def less_defaults(config) -> dict:
     """The fields of a frozen config that differ from their defaults: its identity in the store.
 
-    A field that is added later, with a default that means what was done before, leaves all identities as they were;
-    a default, once there, does not change.
+    A field added later, with a default that means what was done before, leaves identities alone; defaults never change.
     """
     return {f.name: value for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default}
-
-
-def device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(precision: str, pixels: bool = True) -> str:
-    """'auto' is bfloat16 where the hardware multiplies it natively, else float32; of pixels float32 on a GPU.
-
-    There torch computes float32's convolutions in TF32, which keeps 99.9 % of an image's pixels within one grey level
-    of float32 proper where bfloat16 keeps 94.5 % (docs/gpu.md). pixels: whether images come of it, not weights.
-    """
-    if precision != "auto":
-        return precision
-    if device().type == "cuda":
-        return "bfloat16" if not pixels and torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
 # ---- images ------------------------------------------------------------------------------
@@ -107,16 +88,17 @@ class Sampling:
             raise UserError(f"unknown sampler '{self.sampler}': choose heun or ancestral")
         if self.sampler == "heun":
             karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"unknown precision '{self.precision}': choose auto, float32 or bfloat16")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size {self.batch_size}: sample at least 1 image at once")
         if self.s_churn < 0 or self.s_noise < 0:
             raise UserError(f"s_churn {self.s_churn} and s_noise {self.s_noise} must not be negative")
-        if self.shard_size % self.batch_size:
+        if self.batch_size < 1 or self.shard_size % self.batch_size:
             raise UserError(f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
         if self.cfg_network and not self.conditional:
             raise UserError("classifier-free guidance needs conditional sampling: set conditional")
+
+
+def _ensemble(feature_extractor: str, heads: list, rule: str) -> Ensemble:
+    return Ensemble(checkpoints.load_feature_extractor(feature_extractor), heads, rule,
+                    checkpoints.clock(feature_extractor))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,8 +120,7 @@ class Published:
         if state != "last":
             raise UserError(f"published discriminators have no state '{state}'")
         heads = [checkpoints.load_discriminator(self.discriminators[m]) for m in members]
-        return Ensemble(checkpoints.load_feature_extractor(self.feature_extractor), heads, rule,
-                        checkpoints.clock(self.feature_extractor))  # fmt: skip
+        return _ensemble(self.feature_extractor, heads, rule)
 
 
 @dataclass(frozen=True)
@@ -174,14 +155,12 @@ class Guidance:
 class ImageSet:
     """The first n images of a set: `images` uint8 [n, H, W, C], `digest`, and a label for people.
 
-    Named before it is drawn: what is missing is drawn when somebody asks for it. draw: makes a shard's images;
-    sampling, guide: how.
+    Named before it is drawn, as `sampling` and `guide` say: what is missing is drawn when somebody asks for it.
     """
 
     label: str
     n: int
     rows: ShardedSet
-    draw: Callable[[range], dict[str, np.ndarray]] | None = field(default=None, repr=False, compare=False)
     sampling: Sampling | None = field(default=None, repr=False, compare=False)
     guide: Guidance | None = field(default=None, repr=False, compare=False)
 
@@ -204,7 +183,15 @@ class ImageSet:
         if self.sources and ranks.group().agree(self.lacks):
             for trained in self.sources:
                 trained.ensure()
-        self.rows.ensure(self.n, self.draw)
+        ensemble = cache(lambda: self.guide.ensemble() if self.guide else None)  # loaded when the first shard wants it
+
+        def draw_shard(seeds):
+            size = self.sampling.batch_size
+            batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+            images = [datasets.to_uint8(sample(self.sampling, batch, self.guide, ensemble())) for batch in batches]
+            return {"images": np.concatenate(images)}
+
+        self.rows.ensure(self.n, draw_shard)
         return self
 
     def first(self, n: int) -> "ImageSet":
@@ -269,7 +256,7 @@ def sample(sampling: Sampling, seeds, guidance: Guidance | None = None,
 
 def image_set(store: Store, sampling: Sampling, n: int, first_seed: int = 0, guidance: Guidance | None = None,
               label: str = "images") -> ImageSet:  # fmt: skip
-    """The images of seeds first_seed ... first_seed + n - 1, in shards of a fixed size; drawn when they are needed.
+    """The images of seeds first_seed ... first_seed + n - 1; drawn when they are needed.
 
     Raises UserError for n < 1 and unknown networks, and, when they are drawn, for images that stop being finite.
     """
@@ -281,23 +268,9 @@ def image_set(store: Store, sampling: Sampling, n: int, first_seed: int = 0, gui
     if guidance:
         inputs["discriminators"] = guidance.discriminators.digest
     artifact = store.artifact("generate", VERSIONS["generate"], config, inputs, label)
-
-    ensemble = cache(lambda: guidance.ensemble() if guidance else None)  # loaded once, when the first shard wants it
-
-    def compute_shard(seeds):
-        size = sampling.batch_size
-        batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-        return {"images": np.concatenate([datasets.to_uint8(sample(sampling, batch, guidance, ensemble()))
-                                          for batch in batches])}  # fmt: skip
-
     rows = artifact.shards(sampling.shard_size, first_seed)
     rows.parts(n)  # refuses n < 1
-    return ImageSet(label, n, rows, compute_shard, sampling, guidance)
-
-
-def generate(*args, **kwargs) -> ImageSet:
-    """`image_set`, drawn now."""
-    return image_set(*args, **kwargs).ensure()
+    return ImageSet(label, n, rows, sampling, guidance)
 
 
 # ---- discriminators ----------------------------------------------------------------------
@@ -326,50 +299,17 @@ class Training:
     parts: int = 1
 
 
-def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_head_channels: int) -> dict:
-    """Arguments of the shallow head on an extractor's features: one level, attention, one output (DG).
-
-    Raises UserError for those that make no network.
-    """
-    with torch.device("meta"):  # their shapes, without a file
-        channels, size, _ = EncoderUNet(**checkpoints.network_config(feature_extractor)).feature_shape
-        head = dict(
-            image_size=size, in_channels=channels, model_channels=width, out_channels=1,
-            num_res_blocks=num_res_blocks, attention_resolutions=[1], channel_mult=[1],
-            num_head_channels=num_head_channels,
-        )  # fmt: skip
-        if width < 128 or width % 32:  # too narrow for the published 32 groups
-            head["num_group_channels"] = 4
-        EncoderUNet(**head)  # says what does not fit
-    return head
-
-
-def scaled_members(names, learning_rates, weight_decays, epochs, min_times, epoch_scale: float):
-    """Table 1 as members, every number of epochs multiplied by `epoch_scale` (at least one epoch).
-
-    Raises UserError for columns of different lengths.
-    """
-    columns = {"member_names": names, "learning_rates": learning_rates, "weight_decays": weight_decays,
-               "epochs": epochs, "min_times": min_times}  # fmt: skip
-    if len({len(column) for column in columns.values()}) > 1:
-        lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
-        raise UserError(f"table 1 needs one value a member in every column, not {lengths}")
-    columns = zip(*columns.values(), strict=True)
-    return tuple(MemberConfig(n, lr, wd, max(1, round(e * epoch_scale)), t) for n, lr, wd, e, t in columns)
-
-
 @dataclass(frozen=True)
 class Trained:
     """Trained discriminators: `history` per member, `ensemble(...)` for guidance, and the held-out split.
 
-    Named before they are trained, which happens when somebody asks for them. make: trains them into a folder.
+    Named before they are trained, which happens when somebody asks for them. better: images in the place of real ones.
     """
 
     config: Training
     fakes: ImageSet
     artifact: Artifact
     better: ImageSet | None = None
-    make: Callable[[Path], dict] | None = field(default=None, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
@@ -400,13 +340,52 @@ class Trained:
             for images in self.sources:
                 images.ensure()
         if self.config.parts > 1:
-            group.ensure(self.artifact, self.make)
+            group.ensure(self.artifact, self._train)
         else:
             with ranks.alone():  # one rank's work, while the others wait for the artifact
-                self.artifact.ensure(self.make, wait)
+                self.artifact.ensure(self._train, wait)
         if wait:
             self.artifact.store.drop_partial(self.artifact.name)
         return self
+
+    def _train(self, folder: Path) -> dict:
+        """Train them into a folder, from the last finished epoch on."""
+        config, group, resume = self.config, ranks.group(), None
+        store, name = self.artifact.store, self.artifact.name
+
+        def checkpoint(tensors, info):
+            if group.rank == 0:
+                state = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
+                store.save_partial(name, json.dumps(info).encode() + b"\n" + state)
+            group.stop_if_late()
+
+        with group.first():  # one of them puts it into quarantine if it is damaged
+            saved = store.load_partial(name)
+        if saved:
+            info, _, tensors = saved.partition(b"\n")
+            resume = safetensors.torch.load(tensors), json.loads(info)
+        learn, validate, _ = self.splits
+        extractor = checkpoints.load_feature_extractor(config.feature_extractor).to(device())
+        done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
+        with tqdm(total=sum(m.epochs for m in config.members), initial=done, desc=self.artifact.label, unit=" epochs",
+                  disable=not group.main) as bar:
+
+            def progress(name, row):
+                bar.set_postfix_str(f"{name} {row['val_loss']:.3f}")
+                bar.update()
+
+            settings = TrainingSettings(
+                config.members, config.batch_size, config.seed, config.precision,
+                checkpoints.clock(config.feature_extractor), config.sequential, config.resampling, config.kept,
+                config.parts)  # fmt: skip
+            members = train_discriminators(extractor, partial(init_head, config.head, config.seed), learn, validate,
+                                           settings, Callbacks(progress, checkpoint, resume), group)  # fmt: skip
+        states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
+                  for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
+                  for k, v in state.items()}  # fmt: skip
+        checkpoints.write_tensors(folder / "heads.safetensors", states, {})
+        (folder / "history.json").write_text(json.dumps([member.history for member in members]))
+        return {"seed": config.seed}
 
     def _file(self, name: str) -> Path:
         with ranks.alone():  # as in `ImageSet.images`
@@ -428,10 +407,11 @@ class Trained:
         "initial", before any training, is the control: what a push by a network that knows nothing does. A member
         may also be a pair (member, epoch) of those that the training kept, whatever `state` is.
         """
-        members = range(len(self.config.members)) if members is None else members
-        pairs = [(m, f"epoch{epoch}") for m, epoch in self.config.kept]
-        wanted = [(m[0], f"epoch{m[1]}") if isinstance(m, tuple) else (m, state) for m in members]
-        known = [(m, which) for m in range(len(self.config.members)) for which in ("last", "best", "initial")] + pairs
+        every = range(len(self.config.members))
+        wanted = [(m[0], f"epoch{m[1]}") if isinstance(m, tuple) else (m, state)
+                  for m in (every if members is None else members)]  # fmt: skip
+        known = [(m, which) for m in every for which in ("last", "best", "initial")]
+        known += [(m, f"epoch{epoch}") for m, epoch in self.config.kept]
         if missing := [pair for pair in wanted if pair not in known]:
             raise UserError(f"no discriminator {missing[0][0]} in state '{missing[0][1]}': states are last, best, "
                             f"initial and {self.config.kept}, members 0 to {len(self.config.members) - 1}")  # fmt: skip
@@ -442,13 +422,25 @@ class Trained:
                 head.load_state_dict({k.removeprefix(prefix): v for k, v in self._tensors.items()
                                       if k.startswith(prefix)})  # fmt: skip
             heads.append(head)
-        extractor = self.config.feature_extractor
-        return Ensemble(checkpoints.load_feature_extractor(extractor), heads, rule, checkpoints.clock(extractor))
+        return _ensemble(self.config.feature_extractor, heads, rule)
+
+    @property
+    def splits(self) -> list[Split]:
+        """Train, validation and test parts of as many real (or `better`) as generated images, stratified, seeded."""
+        config, n = self.config, self.config.num_real
+        real, labels = (self.better.images, np.full(self.better.n, -1)) if self.better else \
+            datasets.load_dataset(config.dataset, "train")
+        if n != self.fakes.n or n > len(real) or n < 10:
+            raise UserError(f"{n} real and {self.fakes.n} generated images: give as many of each, from 10 to "
+                            f"{len(real)}")
+        parts = [datasets.split_indices(of, config.seed, config.held_out_every) for of in (labels[:n], np.full(n, -1))]
+        return [Split(np.concatenate([real[r], self.fakes.images[f]]), np.repeat([1, 0], [len(r), len(f)]))
+                for r, f in zip(*parts, strict=True)]  # fmt: skip
 
     @cached_property
     def test_split(self) -> Split:
         """The images that no member was trained or validated on."""
-        return splits(self.config, self.fakes, self.better)[2]
+        return self.splits[2]
 
 
 @dataclass(frozen=True)
@@ -462,99 +454,34 @@ class Joint:
         return digest_of_json([part.digest for part in self.parts])
 
     @property
-    def trainings(self) -> tuple["Trained", ...]:
+    def trainings(self) -> tuple[Trained, ...]:
         """What is to be trained for them."""
         return self.parts
 
     def ensemble(self, members, rule: str, state: str) -> Ensemble:
         """Member m is the first of training m."""
         heads = [self.parts[m].ensemble((0,), rule, state).heads[0] for m in members]
-        extractor = self.parts[0].config.feature_extractor
-        return Ensemble(checkpoints.load_feature_extractor(extractor), heads, rule, checkpoints.clock(extractor))
-
-
-def splits(training: Training, fakes: ImageSet, better: ImageSet | None = None) -> list[Split]:
-    """Train, validation and test parts of as many real as generated images, stratified, seeded.
-
-    better: generated images that stand in the place of the real ones.
-    """
-    if better is None:
-        real, labels = datasets.load_dataset(training.dataset, "train")
-    else:
-        real, labels = better.images, np.full(better.n, -1)
-    n = training.num_real
-    if n != fakes.n or n > len(real) or n < 10:
-        raise UserError(f"{n} real and {fakes.n} generated images: give as many of each, from 10 to {len(real)}")
-    real_parts = datasets.split_indices(labels[:n], training.seed, training.held_out_every)
-    fake_parts = datasets.split_indices(np.full(n, -1), training.seed, training.held_out_every)
-    return [
-        Split(np.concatenate([real[r], fakes.images[f]]), np.repeat([1, 0], [len(r), len(f)]))
-        for r, f in zip(real_parts, fake_parts, strict=True)
-    ]
+        return _ensemble(self.parts[0].config.feature_extractor, heads, rule)
 
 
 def discriminators(store: Store, training: Training, fakes: ImageSet, label: str = "discriminators",
                    better: ImageSet | None = None) -> Trained:  # fmt: skip
-    """The members, trained when they are needed; resumes at the last finished epoch. better: as in `splits`."""
+    """The members, trained when they are needed, on real images or on `better` ones in their place."""
     training = replace(training, precision=resolve_precision(training.precision, pixels=False))
-    inputs = {
-        "fakes": fakes.digest,
-        "real": better.digest if better else datasets.dataset_digest(training.dataset, "train"),
-        "feature_extractor": checkpoints.weights_digest(training.feature_extractor),
-    }
+    real = better.digest if better else datasets.dataset_digest(training.dataset, "train")
+    inputs = {"fakes": fakes.digest, "real": real,
+              "feature_extractor": checkpoints.weights_digest(training.feature_extractor)}  # fmt: skip
     config = less_defaults(training) | {"members": [dataclasses.asdict(member) for member in training.members]}
     artifact = store.artifact("train", VERSIONS["train"], config, inputs, label)
 
-    def checkpoint(tensors, info):
-        group = ranks.group()
-        if group.rank == 0:
-            state = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
-            store.save_partial(artifact.name, json.dumps(info).encode() + b"\n" + state)
-        group.stop_if_late()
-
-    def make(folder: Path):
-        resume, group = None, ranks.group()
-        with group.first():  # one of them puts it into quarantine if it is damaged
-            saved = store.load_partial(artifact.name)
-        if saved:
-            info, _, tensors = saved.partition(b"\n")
-            resume = safetensors.torch.load(tensors), json.loads(info)
-        learn, validate, _ = splits(training, fakes, better)
-        extractor = checkpoints.load_feature_extractor(training.feature_extractor).to(device())
-        done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
-        with tqdm(total=sum(m.epochs for m in training.members), initial=done, desc=label, unit=" epochs",
-                  disable=not group.main) as bar:
-
-            def progress(name, row):
-                bar.set_postfix_str(f"{name} {row['val_loss']:.3f}")
-                bar.update()
-
-            settings = TrainingSettings(
-                training.members, training.batch_size, training.seed, training.precision,
-                checkpoints.clock(training.feature_extractor), training.sequential, training.resampling, training.kept,
-                training.parts)  # fmt: skip
-            members = train_discriminators(extractor, partial(init_head, training.head, training.seed), learn, validate,
-                                           settings, Callbacks(progress, checkpoint, resume), group)  # fmt: skip
-        states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
-                  for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
-                  for k, v in state.items()}  # fmt: skip
-        checkpoints.write_tensors(folder / "heads.safetensors", states, {})
-        (folder / "history.json").write_text(json.dumps([member.history for member in members]))
-        return {"seed": training.seed}
-
-    return Trained(training, fakes, artifact, better, make)
-
-
-def train(*args, **kwargs) -> Trained:
-    """`discriminators`, trained now."""
-    return discriminators(*args, **kwargs).ensure()
+    return Trained(training, fakes, artifact, better)
 
 
 def held_out_logits(store: Store, trained: Trained, vp_times) -> tuple[np.ndarray, np.ndarray]:
     """Logits [M, levels, N] of all members on the test split at each VP time, and its labels [N]."""
     config = {"vp_times": [float(t) for t in vp_times], "state": "last"}
-    inputs = {"discriminators": trained.digest}
-    artifact = store.artifact("logits", VERSIONS["logits"], config, inputs, "held-out logits")
+    artifact = store.artifact("logits", VERSIONS["logits"], config, {"discriminators": trained.digest},
+                              "held-out logits")  # fmt: skip
 
     def make(folder):
         ensemble = trained.ensemble().to(device())
@@ -603,41 +530,17 @@ class RealSet:
         return images[self.start : self.start + self.n]
 
 
-def _extractor_features(name: str):
-    """The frozen extractor's features of clean images, averaged over positions: [B, F]."""
-    extractor = checkpoints.load_feature_extractor(name).to(device())
-    now = CLOCKS[checkpoints.clock(name)](torch.zeros(()))
-
-    def encode(x):
-        return extractor.features(x, now).mean((2, 3))
-
-    return encode
-
-
-def space_name(space: str) -> str:
-    """A feature space in words, for captions: only Inception's distance is called FID."""
-    known = space == "inception" or space.startswith("efficientnet")
-    return metric_name(space) if known else f"FD ({space} features)"
-
-
-def _feature_inputs(images: ImageSet | RealSet, space: str) -> dict[str, str]:
-    """What an image set's features in a space are made from: the extractor of a published space is in its name."""
-    return {"images": images.digest} | (
-        {} if space.startswith("efficientnet") else {"feature_extractor": checkpoints.weights_digest(space)})
-
-
-def encode(images: np.ndarray, space: str) -> np.ndarray:
-    """Features float32 [n, d] of images uint8 [n, H, W, C] in `space`; see `features`."""
-    if space == "inception" or space.startswith("efficientnet"):
-        return image_features(images, space, device=str(device()))
-    return extract(images, _extractor_features(space), 250, device=device())
+def _of_features(store: Store, step: str, images: "ImageSet | RealSet", space: str) -> Artifact:
+    """The artifact of a step on an image set's features; the extractor of a published space is in its name."""
+    extractor = {} if space.startswith("efficientnet") else {"feature_extractor": checkpoints.weights_digest(space)}
+    return store.artifact(step, VERSIONS[step], {"space": space}, {"images": images.digest} | extractor,
+                          f"{images.label}, {space}")  # fmt: skip
 
 
 def feature_rows(store: Store, images: ImageSet | RealSet, space: str) -> ShardedSet:
     """Where the features of an image set are stored, in shards of equally many images, at most FEATURE_SHARD."""
-    artifact = store.artifact("features", VERSIONS["features"], {"space": space}, _feature_inputs(images, space),
-                              f"{images.label}, {space}")  # fmt: skip
-    return artifact.shards(math.ceil(images.n / math.ceil(images.n / FEATURE_SHARD)))
+    size = math.ceil(images.n / math.ceil(images.n / FEATURE_SHARD))
+    return _of_features(store, "features", images, space).shards(size)
 
 
 def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray:
@@ -652,7 +555,7 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
 
     def compute_shard(rows):
         try:
-            values = encode(source.images[rows.start : rows.stop], space)
+            values = encode(source.images[rows.start : rows.stop], space, str(device()))
         except NotFiniteRows as error:  # it counts from the shard's first
             numbers = [rows.start + row for row in error.rows[:8]]
             which = f"seeds {[images.seeds[i] for i in numbers]}" if images.seeds else f"images {numbers}"
@@ -665,16 +568,13 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
 
 def statistics(store: Store, images: ImageSet | RealSet, space: str) -> metrics.FeatureStats:
     """Mean and covariance of a set's features, in float64; of torchrun's ranks each sums its share of the rows."""
-    artifact = store.artifact("statistics", VERSIONS["statistics"], {"space": space}, _feature_inputs(images, space),
-                              f"{images.label}, {space}")  # fmt: skip
-
     def make(folder):
         x, group = features(store, images, space), ranks.group()
         rows = x[group.slice(len(x))]
         stats = metrics.FeatureStats(rows if len(rows) else None).all_reduce(x.shape[1], group.sum)
         np.savez(folder / "statistics.npz", n=stats.n, mean=stats.mean, scatter=stats.scatter)
 
-    path = ranks.group().ensure(artifact, make).path / "statistics.npz"
+    path = ranks.group().ensure(_of_features(store, "statistics", images, space), make).path / "statistics.npz"
     stats = metrics.FeatureStats()
     with np.load(path, allow_pickle=False) as stored:
         stats.n, stats.mean, stats.scatter = int(stored["n"]), stored["mean"], stored["scatter"]
@@ -704,32 +604,46 @@ class Scores:
         return getattr(self, score).minus(getattr(baseline, score))
 
 
-def evaluation(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: str, num_resamples: int = 200,
-               seed: int = 0) -> Artifact:  # fmt: skip
-    """The artifact of an arm's scores, by name alone: nothing is drawn or computed."""
-    inputs = {"arm": arm.digest, "reference": reference.digest}
-    config = {"space": space, "num_resamples": num_resamples, "seed": seed}
-    return store.artifact("evaluate", VERSIONS["evaluate"], config, inputs, f"{arm.label}, {space}")
+@dataclass(frozen=True, eq=False)
+class Score:
+    """An arm that is to be scored against real images in a feature space: by name alone, until `ensure`."""
 
+    store: Store
+    images: ImageSet | RealSet
+    reference: RealSet
+    space: str
+    num_resamples: int = 200
+    seed: int = 0
 
-def evaluate(store: Store, arm: ImageSet | RealSet, reference: RealSet, space: str, num_resamples: int = 200,
-             seed: int = 0) -> Scores:  # fmt: skip
-    """Fréchet distance, unbiased KID (both with bootstrap draws), precision/recall, density/coverage of an arm.
+    @cached_property
+    def artifact(self) -> Artifact:
+        """Where the scores are stored."""
+        inputs = {"arm": self.images.digest, "reference": self.reference.digest}
+        config = {"space": self.space, "num_resamples": self.num_resamples, "seed": self.seed}
+        return self.store.artifact("evaluate", VERSIONS["evaluate"], config, inputs,
+                                   f"{self.images.label}, {self.space}")  # fmt: skip
 
-    Where the repository keeps these scores (`Artifact.kept`), no image is drawn for them.
-    """
-    artifact = evaluation(store, arm, reference, space, num_resamples, seed)
+    @property
+    def lacks(self) -> bool:
+        """Whether the scores are still to be computed: neither stored nor kept by the repository."""
+        return self.artifact.digest not in self.store.kept and not self.artifact.status().hit
 
-    def make(folder):
-        x, real = features(store, arm, space), features(store, reference, space)
-        frechet = metrics.FrechetReference(statistics(store, reference, space))
-        fd = metrics.resample(frechet, x, num_resamples, seed)
-        pairs = metrics.PairReference(real, device=device()).compare(x, num_resamples, seed)
+    def ensure(self) -> Scores:
+        """Fréchet distance, unbiased KID (both with bootstrap draws), precision/recall, density/coverage of the arm.
+
+        Where the repository keeps these scores (`Artifact.kept`), no image is drawn for them.
+        """
+        kept = self.artifact.kept()
+        record = kept or json.loads((self.artifact.ensure(self._make).path / "scores.json").read_text())
+        fd, kid = (metrics.Resampled(record[k]["value"], np.array(record[k]["draws"])) for k in ("fd", "kid"))
+        return Scores(self.images, self.space, self.artifact.digest, fd, kid, record["manifold"])
+
+    def _make(self, folder: Path) -> None:
+        x, real = (features(self.store, images, self.space) for images in (self.images, self.reference))
+        frechet = metrics.FrechetReference(statistics(self.store, self.reference, self.space))
+        fd = metrics.resample(frechet, x, self.num_resamples, self.seed)
+        pairs = metrics.PairReference(real, device=device()).compare(x, self.num_resamples, self.seed)
         record = {"manifold": pairs.manifold}
         for name, resampled in (("fd", fd), ("kid", pairs.kid)):
             record[name] = {"value": resampled.value, "draws": resampled.draws.tolist()}
         (folder / "scores.json").write_text(json.dumps(record))
-
-    record = artifact.kept() or json.loads((artifact.ensure(make).path / "scores.json").read_text())
-    fd, kid = (metrics.Resampled(record[k]["value"], np.array(record[k]["draws"])) for k in ("fd", "kid"))
-    return Scores(arm, space, artifact.digest, fd, kid, record["manifold"])

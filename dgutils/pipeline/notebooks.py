@@ -18,9 +18,10 @@ from nbclient.exceptions import CellTimeoutError
 from traitlets import default
 
 from dgutils.errors import UserError
+from dgutils.files import FULL_DISK, disk_errors, lock
+from dgutils.machine import log_line
 from dgutils.paths import repo_root, runs_dir
 from dgutils.pipeline import cells, parameters
-from dgutils.pipeline.store import FULL_DISK, disk_errors, lock, log_line
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang
@@ -126,10 +127,7 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
 
 def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides: Mapping[str, Any] | None = None,
                 cell_timeout: int = CELL_TIMEOUT) -> dict[str, float]:  # fmt: skip
-    """Run all notebooks, or those whose names begin with `only`, in order. Returns name -> seconds.
-
-    Each notebook gets the profile's name and the overrides.
-    """
+    """Run all notebooks, or those whose names begin with `only`, with a profile and overrides: name -> seconds."""
     if cell_timeout < 0:
         raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
     values = parameters.load(profile, overrides)  # what is wrong with them is said before anything runs

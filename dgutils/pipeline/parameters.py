@@ -26,9 +26,11 @@ def _number(value: Any) -> Any:
 
 Real = Annotated[float, BeforeValidator(_number), Field(ge=-1e9, le=1e9)]
 Positive = Annotated[Real, Field(gt=0)]
+Weight = Annotated[Real, Field(ge=0)]
 Time = Annotated[Real, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**7)]
 Seed = Annotated[int, Field(ge=0, lt=2**40)]
+Boosting = Literal["none", "released", "paper"]
 Fault = Literal["steps", "raw_logits", "sequential", "wrong_file", "last_epoch", "boosting", "batch_size"]
 Variant = Literal["bootstrap", "disjoint", "best", "long", "overfitted", "overfitted_best", "full", "full_best",
                   "full_raw", "worse", "tasks"]  # fmt: skip
@@ -39,7 +41,7 @@ class AsRun(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     num_steps: Annotated[Count, Field(ge=2)] = 23
-    boosting: Literal["none", "released", "paper"] = "released"
+    boosting: Boosting = "released"
     discriminator_batch_size: Count = 64
 
 
@@ -54,8 +56,7 @@ class Parameters(BaseModel):
     feature_extractor: str = Field("fashion-mnist-adm", description="the frozen encoder below every discriminator")
     feature_spaces: list[str] = Field(["fashion-mnist-adm", "efficientnet-lite0@128"], min_length=1, max_length=2,
                                       description="where scores are taken; the first leads")  # fmt: skip
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the networks; auto: as the "
-                                                              "hardware multiplies natively")  # fmt: skip
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: as the hardware multiplies")
     # table 2: sampling and guidance
     num_steps: int = Field(12, ge=2, le=10_000, description="Heun steps")
     sigma_min: Positive = Field(0.002, description="lowest noise level before 0")
@@ -65,14 +66,12 @@ class Parameters(BaseModel):
     dg_weight_2nd_order: Real = Field(0.0, ge=0, description="guidance weight on the Heun corrector")
     time_min: Time = Field(0.01, description="VP times between which guidance acts")
     time_max: Time = Field(1.0, description="upper end of that window")
-    boosting: Literal["none", "released", "paper"] = Field("none", description="released: the authors' code, "
-                                                           "paper: its text")  # fmt: skip
-    log_ratio: Literal["logit", "clipped"] = Field("logit", description="guidance by the logit's gradient; clipped: "
-                                                   "through the reference's clipped probability")  # fmt: skip
+    boosting: Boosting = Field("none", description="released: the authors' code, paper: its text")
+    log_ratio: Literal["logit", "clipped"] = Field("logit", description="whose gradient guides: the logit's; clipped: "
+                                                   "that of the reference's clipped probability")  # fmt: skip
     batch_size: Count = Field(250, description="images sampled at once")
     shard_size: Count = Field(250, description="images a file of the store holds; a multiple of batch_size")
-    num_fake: int = Field(4000, ge=10, le=10**7, description="generated images that discriminators learn from, and as "
-                          "many real ones")  # fmt: skip
+    num_fake: int = Field(4000, ge=10, le=10**7, description="generated images that train discriminators; as many real")
     fake_seed: Seed = Field(0, description="their first seed")
     num_eval: Count = Field(500, description="images of every compared arm")
     eval_seed: Seed = Field(1_000_000, description="their first seed, apart from the fake set's")
@@ -83,15 +82,13 @@ class Parameters(BaseModel):
     # table 1: the six discriminators
     member_names: list[str] = Field(["Paper", "D1", "D2", "D3", "D4", "D5"], min_length=1, description="one a member")
     learning_rates: list[Positive] = Field([3e-4, 1e-3, 1e-4, 1e-4, 5e-5, 1e-5], description="of Adam")
-    weight_decays: list[Annotated[Real, Field(ge=0)]] = Field([1e-7, 1e-7, 0.0, 1e-3, 1e-9, 1e-11],
-                                                              description="of Adam")  # fmt: skip
+    weight_decays: list[Weight] = Field([1e-7, 1e-7, 0.0, 1e-3, 1e-9, 1e-11], description="of Adam")
     epochs: list[Count] = Field([60, 40, 40, 40, 40, 200], description="before epoch_scale")
     min_times: list[Time] = Field([1e-5, 1e-5, 0.01, 1e-3, 1e-3, 1e-5], description="least VP time a member sees")
     epoch_scale: Positive = Field(0.08, le=1000, description="multiplies every member's epochs")
     discriminator_batch_size: Count = Field(128, description="real and generated images together")
     training_seed: Seed = Field(0, description="initial weights, order, noise and splits")
-    training_parts: Annotated[Count, Field(le=4096)] = Field(1, description="that a batch is divided into, for as many "
-                                                             "ranks at most")  # fmt: skip
+    training_parts: Annotated[Count, Field(le=4096)] = Field(1, description="of a batch, for as many ranks at most")
     held_out_every: int = Field(10, ge=3, le=10**6, description="of so many images, one validates and one tests")
     sequential: bool = Field(False, description="the study's fault: one network carried through all six settings")
     head_width: Count = Field(16, description="channels of a discriminator's head")
@@ -113,8 +110,7 @@ class Parameters(BaseModel):
     worse_steps: int = Field(6, ge=2, le=10_000, description="Heun steps of the worse sampler of two variants")
     # sensitivity (notebook 05)
     num_sweep: Count = Field(250, description="images of every arm of the sensitivity study")
-    sweep_weights: list[Annotated[Real, Field(ge=0)]] = Field([1.0, 4.0], description="first-order weights beside 0 "
-                                                              "and the default")  # fmt: skip
+    sweep_weights: list[Weight] = Field([1.0, 4.0], description="first-order weights beside 0 and the default")
     sweep_time_mins: list[Time] = Field([], description="lower ends of the window beside the default")
     sweep_time_maxs: list[Time] = Field([0.5], description="upper ends of the window beside the default")
     sweep_epoch_scales: list[Positive] = Field([0.0333], description="lengths of the first member's training")
@@ -227,13 +223,11 @@ def _check(values: Mapping[str, Any], source: str) -> "Parameters":
         raise UserError(f"{source}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        value = repr(first["input"])
-        message = first["msg"].removeprefix("Value error, ")
+        where, value, message = ".".join(map(str, first["loc"])), repr(first["input"]), first["msg"]
         if where and first["type"] != "value_error":
             value = value if len(value) < 60 else value[:57] + "..."
             message = f"{where} is {value}: {message[0].lower()}{message[1:]}"
-        raise UserError(f"{source}: {message}") from None
+        raise UserError(f"{source}: {message.removeprefix('Value error, ')}") from None
 
 
 def load(profile: str, overrides: Mapping[str, Any] | None = None, source: str = "--set") -> Parameters:
@@ -241,5 +235,5 @@ def load(profile: str, overrides: Mapping[str, Any] | None = None, source: str =
     values, overrides = load_profile(profile), dict(overrides or {})
     if overrides.get("profile", profile) != profile:
         raise UserError(f"{source}: profile is set to {overrides['profile']!r}: choose it with --profile only")
-    _check(values, f"profile {profile}")
-    return _check(values | overrides, source) if overrides else _check(values, f"profile {profile}")
+    found = _check(values, f"profile {profile}")
+    return _check(values | overrides, source) if overrides else found

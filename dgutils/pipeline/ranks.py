@@ -1,8 +1,7 @@
 """Several processes on one study: torchrun's ranks share the work of a store, and sum what they have in common.
 
-A rank is a process with a device of its own: NCCL joins GPUs, Gloo joins CPUs. Without torchrun the same code
-runs in a group of one, where there is nothing to share. The ranks of a group make the same calls in the same
-order; what they make does not depend on how many they are, nor on who of them made it.
+A rank is a process with a device of its own: NCCL joins GPUs, Gloo joins CPUs; without torchrun there is a group of
+one. Ranks make the same calls in the same order; what they make depends neither on their number nor on who made it.
 """
 
 import math
@@ -32,19 +31,13 @@ class TimeUp(Exception):
     """The minutes that were given are over; raised between shards, epochs and scores, on all ranks of a group."""
 
 
-# --- the group
-
-
 @dataclass
 class Group:
-    """The ranks that work together: this one's number, how many they are, and what they do in common.
-
-    main: whether this process talks to people.
-    """
+    """The ranks that work together: this one's number, how many they are, and what they do in common."""
 
     rank: int = 0
     world: int = 1
-    main: bool = True
+    main: bool = True  # whether this process talks to people
     deadline: float = math.inf  # of time.monotonic(), after which nothing new is begun
     store: Any = None  # torchrun's key-value store
     key: str = ""  # tells this start of the group from earlier ones in the key-value store
@@ -79,19 +72,23 @@ class Group:
             for tensor, total in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
-    def agree(self, value: bool = False) -> bool:
-        """What rank 0 said; the others wait for it."""
+    def any(self, value: bool) -> bool:
+        """Whether one of the ranks says so; all wait for each other."""
         if self.world == 1:
             return value
         import torch
 
-        said = torch.tensor(int(value and self.rank == 0))
+        said = torch.tensor(int(value))
         self.sum(said)
         return bool(said)
 
+    def agree(self, value: bool = False) -> bool:
+        """What rank 0 said; the others wait for it."""
+        return self.any(value and self.rank == 0)
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
-        self.agree()
+        self.any(False)
 
     @property
     def late(self) -> bool:
@@ -100,14 +97,7 @@ class Group:
 
     def stop_if_late(self) -> None:
         """Wait until all ranks are here; if the time is up for one of them, raise TimeUp on all."""
-        late = self.late
-        if self.world > 1:
-            import torch
-
-            flag = torch.tensor(int(late))
-            self.sum(flag)
-            late = bool(flag)
-        if late:
+        if self.any(self.late):
             raise TimeUp
 
     @contextmanager
@@ -179,8 +169,7 @@ def join(timeout: float = TIMEOUT, minutes: float | None = None) -> Iterator[Gro
     """Within this block the process is one of torchrun's ranks; without torchrun, a group of one.
 
     timeout: minutes after which a rank that the others wait for counts as lost. minutes: after which nothing new is
-    begun (None: no limit).
-    Raises UserError if there are more ranks on this machine than GPUs.
+    begun (None: no limit). Raises UserError if there are more ranks on this machine than GPUs.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     world = torchrun_ranks()

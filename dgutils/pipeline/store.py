@@ -1,50 +1,37 @@
 """Content-addressed artifacts: what was computed once is found again, checked, and not computed twice.
 
-An artifact is a folder root/<step>/<first 16 hex digits of its digest>/; the digest is the SHA-256 of its
-identity {step, version, config, inputs} as canonical JSON. A sharded set is an artifact cut into folders
-shard_00000/, shard_00001/ ..., each a fixed range of seeds: how many rows are wanted is no part of its
-identity, so a larger set extends a smaller one, and an interrupted run goes on where it was.
+An artifact is a folder root/<step>/<first 16 hex digits of its digest>/; the digest is the SHA-256 of its identity
+{step, version, config, inputs} as canonical JSON. A sharded set is an artifact cut into folders shard_00000/, ...,
+each a fixed range of seeds: how many rows are wanted is no part of its identity, so a larger set extends a smaller one.
 
 A folder is written under a temporary name, synced, and renamed whole, with a manifest of checksums. Locks go with
-the process that holds them (`lock`): after a kill there is nothing to clean up by hand.
-Work that takes long inside one artifact keeps its state in partial/, one sealed file that is replaced whole.
+the process that holds them: after a kill there is nothing to clean up by hand, and the next run goes on where it was.
+Long work inside one artifact keeps its state in partial/, one sealed file that is replaced whole.
 What does not match its checksum is moved to quarantine/, said, and computed again: never used, never deleted.
 """
 
-import errno
 import hashlib
-import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import cache, cached_property, partial
-from importlib import metadata
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from tqdm import tqdm
 
 from dgutils.errors import UserError
-from dgutils.paths import cores, inherited
+from dgutils.files import digest_of_file, disk_errors, lock, save_array, sync, write_file
+from dgutils.machine import log_line, now, provenance
 from dgutils.pipeline import ranks
-
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-
 
 # --- digests
 
@@ -79,139 +66,26 @@ def digest_of_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def digest_of_file(path: Path | str) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts, and lists of dicts, as one dict with dotted keys."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(i): item for i, item in enumerate(value)}
+    if not isinstance(value, dict) or not value and prefix:
+        return {prefix: value}
+    return {key: leaf for name, item in value.items()
+            for key, leaf in flatten(item, f"{prefix}.{name}" if prefix else name).items()}
 
 
-# --- writing
+def differences(old: dict, new: dict) -> list[str]:
+    """Each place where two identities differ, as 'config.num_steps 18 -> 35'."""
+    def told(values, key):
+        if key not in values:
+            return "(absent)"
+        return values[key][:8] if key.startswith("inputs.") else json.dumps(values[key])
 
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whose name only ever shows the old or the whole new content, even after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
-    try:
-        temporary.write_bytes(data)
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """np.save by way of memory, because NumPy's own short writes on a full disk carry no error number."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    path.write_bytes(buffer.getbuffer())
-
-
-def sync(path: Path) -> None:
-    """Have the kernel put a file, or a folder's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that refuses writing, into one line; other errors pass."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # any: on a full disk safetensors and NumPy raise errors of their own
-        number, name = getattr(error, "errno", None), str(getattr(error, "filename", None) or root)
-        if number in FULL_DISK or re.search(r"No space left|\d requested and \d+ written", str(error)):
-            raise UserError(f"no space left under {root}: free some and run again;"
-                            " what is done is kept") from error
-        if number in NOT_WRITABLE and (Path(name).is_relative_to(root) or root.is_relative_to(name)):
-            raise UserError(f"cannot read and write under {root} ({os.strerror(number).lower()}): make it a"
-                            " folder where you can, or choose another one") from error
-        raise
-
-
-@contextmanager
-def lock(path: Path, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
-    """Hold an exclusive lock that ends with the process. If it is busy and not `wait`, yields False at once.
-
-    It is the kernel's (flock); where the file system has none, as Lustre and NFS may, it is a file that names its
-    holder, and that others on the same machine remove once the holder is dead.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path, fallback_to_soft=False)
-    try:
-        free = _try(held)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        free = _try(held := SoftFileLock(path.with_suffix(".held")))
-    if not free and not wait:
-        yield False
-        return
-    if not free:
-        log(f"WAIT {path.stem}: another process is computing it")
-        held.acquire()
-    try:
-        yield True
-    finally:
-        held.release()
-
-
-def _try(held: BaseFileLock) -> bool:
-    """Whether a lock was free, and is ours now."""
-    try:
-        held.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
-
-
-@cache
-def revision_of(root: Path) -> str | None:
-    """The git revision of a clone, with -dirty if its code is changed; None of a folder that is none, or unreadable."""
-
-    def git(*arguments):
-        command = ["git", "--no-optional-locks", "-C", root, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True,
-                              env=inherited() | {"LC_ALL": "C"}).stdout.strip()  # fmt: skip
-
-    try:
-        if not root.samefile(git("rev-parse", "--show-toplevel")):
-            return None  # a copy inside another repository
-        # What notebooks write beside the code, results and figures, makes no other code.
-        code = (":/", ":(top,exclude)report/results", ":(top,exclude)figures")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-        return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
-    except (OSError, subprocess.CalledProcessError) as error:
-        if "dubious ownership" in getattr(error, "stderr", ""):
-            log_line(f"git does not tell the code's revision, since {root} belongs to another user: none is recorded;"
-                     f" to mend it: git config --global --add safe.directory {root}")  # fmt: skip
-        return None
-
-
-@cache
-def provenance() -> dict:
-    """What makes the results of this process: device, package versions, code revision (None outside git)."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-        device = f"{model[1].strip() if model else platform.machine()}, {cores()} cores"
-    versions = {name: metadata.version(name) for name in ("torch", "numpy")}
-    versions["python"] = platform.python_version()
-    return {"device": device, "revision": revision_of(Path(__file__).resolve().parents[2]), "versions": versions}
-
-
-def now() -> str:
-    """The present moment, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    old, new = flatten(old), flatten(new)
+    return [f"{key} {told(old, key)} -> {told(new, key)}" for key in sorted(old | new)
+            if key not in old or key not in new or old[key] != new[key]]
 
 
 # --- the store
@@ -223,17 +97,9 @@ class Status(NamedTuple):
     reason: str = ""
 
 
-def log_line(line: str) -> None:
-    """Print a line to stderr without breaking a progress bar."""
-    tqdm.write(line, file=sys.stderr)
-
-
 @dataclass
 class Store:
-    """A folder of artifacts. `log` receives the HIT, MISS, WAIT and QUARANTINED lines.
-
-    keeps: the file of small results that the repository keeps (`read_kept`).
-    """
+    """A folder of artifacts. log: receives HIT, MISS, WAIT and QUARANTINED lines. keeps: a file for `read_kept`."""
     root: Path | str
     log: Callable[[str], None] = log_line
     keeps: Path | None = None
@@ -245,8 +111,8 @@ class Store:
                  label: str | None = None) -> "Artifact":
         """Name an artifact; nothing is read, written or computed yet.
 
-        step: what makes it, [a-z0-9_-]. version: the step's numerical version, raised when its numbers
-        change. config: JSON values. inputs: name -> digest of what it is made from. label: for the log.
+        step: what makes it, [a-z0-9_-]. version: raised when its numbers change. config: JSON values. inputs: name ->
+        digest of what it is made from. label: for the log.
         """
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", step):
             raise UserError(f"step name {step!r}: use lower-case letters, digits, - and _")
@@ -254,10 +120,7 @@ class Store:
         return Artifact(self, plain(identity, step), label)
 
     def save_partial(self, name: str, data: bytes) -> None:
-        """Keep the state of unfinished work, so that it goes on from there after a kill; replaces what was kept.
-
-        Called by who holds the artifact's lock, which is inside `Artifact.ensure`.
-        """
+        """Keep the state of unfinished work in the place of an earlier one; the caller holds the artifact's lock."""
         (self.root / "partial").mkdir(parents=True, exist_ok=True)
         write_file(self.root / "partial" / name, hashlib.sha256(data).digest() + data)
 
@@ -273,7 +136,7 @@ class Store:
         return None
 
     def drop_partial(self, name: str) -> None:
-        """Forget the state of work that is finished; where it cannot be removed it does no harm."""
+        """Forget the state of finished work; where it cannot be removed it does no harm."""
         with suppress(OSError):
             (self.root / "partial" / name).unlink()
 
@@ -306,14 +169,6 @@ class Artifact:
             parts.append(f"shard_{self.shard:05d}")
         self.path, self.name = self.store.root.joinpath(*parts), "-".join(parts)
 
-    @property
-    def manifest(self) -> dict:
-        """What was recorded when it was made. Raises UserError if it is not there."""
-        manifest = read_manifest(self.path)
-        if manifest is None:
-            raise UserError(f"{self.name} is not under {self.store.root}, or damaged: run its step")
-        return manifest
-
     def status(self) -> Status:
         """Is it here, whole? If not: what is damaged, or what changed against what is stored."""
         if not os.path.lexists(self.path):
@@ -341,18 +196,14 @@ class Artifact:
         """The fewest differences between this identity and one stored for the same step, in words."""
         folders = sorted((self.store.root / self.identity["step"]).glob("*"))
         manifests = [read_manifest(folder) or read_manifest(folder / "shard_00000") for folder in folders]
-        differences = [identity_differences(manifest["identity"], self.identity)
-                       for manifest in manifests if manifest and manifest["digest"] != self.digest]
-        if not differences:
-            return "nothing stored yet"
-        fewest = min(differences, key=len)
+        fewest = min((differences(manifest["identity"], self.identity) for manifest in manifests
+                      if manifest and manifest["digest"] != self.digest), key=len, default=["nothing stored yet"])
         return ", ".join(fewest[:3]) + (f" and {len(fewest) - 3} more" if len(fewest) > 3 else "")
 
     def say(self, status: Status) -> None:
         """Log HIT, or MISS with its reason."""
-        words = [self.identity["step"], self.digest[:16]] + ([f"({self.label})"] if self.label else [])
-        self.store.log(" ".join(["HIT" if status.hit else "MISS", *words])
-                       + (f": {status.reason}" if status.reason else ""))
+        label, reason = f" ({self.label})" if self.label else "", f": {status.reason}" if status.reason else ""
+        self.store.log(f"{'HIT' if status.hit else 'MISS'} {self.identity['step']} {self.digest[:16]}{label}{reason}")
 
     def kept(self) -> dict | None:
         """The scores that the repository keeps, of an artifact that is not in the store; else None."""
@@ -364,8 +215,8 @@ class Artifact:
     def ensure(self, make: Callable[[Path], dict | None], wait: bool = True) -> "Artifact":
         """Have the artifact: find it, or call make(folder), which writes its files there.
 
-        What `make` returns (JSON values: seeds, notes) becomes manifest["extra"]. Of two processes that want the same
-        artifact one computes it, and the other waits and finds it; unless `wait`, it goes on without.
+        What `make` returns (JSON values) becomes manifest["extra"]. Of two processes one computes it, and the other
+        waits and finds it; unless `wait`, it goes on without.
         """
         with disk_errors(self.store.root):
             status = self.status()
@@ -398,11 +249,11 @@ class Artifact:
             seconds, files = round(time.perf_counter() - start, 3), {}
             for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
                 sync(path)
-                files[str(path.relative_to(temporary))] = {"sha256": digest_of_file(path),
-                                                           "bytes": path.stat().st_size}
-            write_manifest(temporary, {
-                "identity": self.identity, "digest": self.digest, "shard": self.shard, "label": self.label,
-                "files": files, "extra": extra, "seconds": seconds, "created": now()} | provenance())
+                seal = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
+                files[str(path.relative_to(temporary))] = seal
+            manifest = {"identity": self.identity, "digest": self.digest, "shard": self.shard, "label": self.label,
+                        "files": files, "extra": extra, "seconds": seconds, "created": now()} | provenance()
+            write_sealed(temporary / "manifest.json", plain(manifest, "manifest"), 1)
             os.rename(temporary, self.path)
             sync(self.path.parent)
         except BaseException:
@@ -442,9 +293,8 @@ class ShardedSet:
                progress: bool = True) -> "ShardedSet":
         """Have the first n rows: compute the shards that are missing, compute_shard(seeds) -> {name: rows}.
 
-        Any number of processes may do this at once: each takes shards that nobody else is computing, then
-        waits for those that others took. The last shard is computed whole even if n ends inside it. The ranks
-        of a group, which call it together, are dealt the shards and leave when all are there, or the time is up.
+        Of processes that do this at once each takes shards that nobody else is computing, then waits for those that
+        others took; the ranks of a group, which call it together, are dealt them. The last shard is computed whole.
         """
         with disk_errors(self.artifact.store.root):
             status, group = self.status(n), ranks.group()
@@ -472,8 +322,8 @@ class ShardedSet:
     def make(self, part: Artifact, compute_shard: Callable[[range], dict[str, np.ndarray]],
              folder: Path) -> dict:
         """Compute the arrays of one shard into its folder."""
-        seeds = range(self.first_seed + part.shard * self.shard_size,
-                      self.first_seed + (part.shard + 1) * self.shard_size)
+        first = self.first_seed + part.shard * self.shard_size
+        seeds = range(first, first + self.shard_size)
         for name, rows in compute_shard(seeds).items():
             if len(rows) != len(seeds):
                 raise ValueError(f"{part.name}: {len(rows)} rows of {name} for {len(seeds)} seeds")
@@ -506,7 +356,28 @@ class ShardedSet:
         return [part for part in parts if part.shard not in self.verified]
 
 
-# --- what the repository keeps
+# --- JSON files that carry the digest of their own content
+
+
+def write_sealed(path: Path, content: dict, indent: int) -> None:
+    """Write a dict as JSON, with its digest beside its keys."""
+    text = json.dumps(content | {"sha256": digest_of_json(content)}, sort_keys=True, indent=indent)
+    write_file(path, f"{text}\n".encode())
+
+
+def read_sealed(path: Path) -> dict | None:
+    """What `write_sealed` wrote; None if the file is missing or not exactly that."""
+    try:
+        content = json.loads(path.read_bytes())
+        return content if content.pop("sha256") == digest_of_json(content) else None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of an artifact's folder, or None if it is missing or damaged."""
+    return read_sealed(folder / "manifest.json")
+
 
 KEPT = "kept/scores.json"  # below a profile's results
 
@@ -517,62 +388,14 @@ def read_kept(path: Path) -> dict[str, dict]:
     {"scores": digest of the artifact -> its scores, "lineage": as of `provenance.lineage`}, both empty without it.
     Raises UserError if it is damaged.
     """
-    try:
-        content = json.loads(path.read_bytes())
-        if content.pop("sha256") == digest_of_json(content):
-            return content
-    except FileNotFoundError:
+    if not path.exists():
         return {"scores": {}, "lineage": {}}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        pass
+    if content := read_sealed(path):
+        return content
     raise UserError(f"{path} is damaged: restore it with git, or remove it, and its scores will be computed again")
 
 
 def write_kept(path: Path, scores: dict[str, dict], lineage: dict[str, dict]) -> None:
-    """Write that file, with a checksum of its own."""
-    content = {"scores": scores, "lineage": lineage}
-    content["sha256"] = digest_of_json(content)
+    """Write that file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(content, sort_keys=True, indent=0) + "\n").encode())
-
-
-# --- manifests
-
-
-def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json, which carries the digest of its own content."""
-    manifest = plain(manifest, "manifest")
-    manifest["sha256"] = digest_of_json(manifest)
-    write_file(folder / "manifest.json", (json.dumps(manifest, sort_keys=True, indent=1) + "\n").encode())
-
-
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a folder, or None if it is missing or not exactly what was written."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        return manifest if manifest.pop("sha256") == digest_of_json(manifest) else None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts, and lists of dicts, as one dict with dotted keys."""
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, dict) or not value and prefix:
-        return {prefix: value}
-    return {key: leaf for name, item in value.items()
-            for key, leaf in flatten(item, f"{prefix}.{name}" if prefix else name).items()}
-
-
-def identity_differences(old: dict, new: dict) -> list[str]:
-    """Each place where two identities differ, as 'config.num_steps 18 -> 35'."""
-    old, new = flatten(old), flatten(new)
-
-    def show(values: dict, key: str) -> str:
-        if key not in values:
-            return "(absent)"
-        return values[key][:8] if key.startswith("inputs.") else json.dumps(values[key])
-
-    return [f"{key} {show(old, key)} -> {show(new, key)}" for key in sorted(old | new)
-            if key not in old or key not in new or old[key] != new[key]]
+    write_sealed(path, {"scores": scores, "lineage": lineage}, 0)

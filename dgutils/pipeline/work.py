@@ -68,11 +68,9 @@ def work(profile: str, overrides: Mapping[str, Any] | None = None, timeout: floa
 
 
 def _fill(group: ranks.Group, declared: Declared) -> None:
-    """In order: the images that discriminators learn from, the trainings, and, a few at a time so that what is drawn
-    is soon scored, the arms, their features, their scores.
+    """In order: the images that discriminators learn from, the trainings, and, a few at a time, arms to their scores.
 
-    Images and features are dealt in shards, a training in parts of its batches if it has any, else, as scores are, as
-    a whole.
+    Images and features are dealt in shards; scores, and trainings that are not divided into parts, as wholes.
     """
     scores = [score for score in declared.scored if group.agree(score.lacks)]
     todo = needed([score.images for score in scores] + declared.made, lambda item: group.agree(item.lacks))
@@ -95,9 +93,9 @@ def _fill(group: ranks.Group, declared: Declared) -> None:
         for score in some:
             score.images.ensure()
         for score in some:
-            jobs.features(score.artifact.store, score.images, score.space)
+            jobs.features(score.store, score.images, score.space)
         for reference, space in dict.fromkeys((score.reference, score.space) for score in some):
-            jobs.statistics(score.artifact.store, reference, space)
+            jobs.statistics(score.store, reference, space)
         for _, score in group.deal(some):
             if not group.late:
                 with ranks.alone():

@@ -15,10 +15,12 @@ from IPython.display import Markdown
 from scipy import stats
 
 from dgutils.errors import UserError
+from dgutils.files import digest_of_file
+from dgutils.machine import now, provenance
 from dgutils.metrics import Interval, Resampled
+from dgutils.networks.features import metric_name
 from dgutils.paths import figures_dir
-from dgutils.pipeline.jobs import Scores, space_name
-from dgutils.pipeline.store import digest_of_file, now, provenance
+from dgutils.pipeline.jobs import Scores
 from dgutils.results import records as kept
 from dgutils.results.provenance import fingerprint, lineage, section_of, sections
 from dgutils.results.records import Results, format_value, published
@@ -235,7 +237,7 @@ class Ledger:
                            seeds=range(first.seeds[0], first.seeds[0] + len(fd) * first.n),
                            artifacts=[scores.digest for scores in arm["first"]])  # fmt: skip
         p = self.parameters
-        caption = (f"{space_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
+        caption = (f"{metric_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
                    f"{p.num_reference} real {p.reference_split} images.")
         return self.show(key, ["Arm", *heads.values()], rows, caption)
 
@@ -258,7 +260,7 @@ class Ledger:
                 self.change(f"{key}.{name}", arm, base, section)
         texts, real = [], reference or f"{p.num_reference} real {p.reference_split} images"
         for slot, table in tables.items():
-            words = (f"{caption} {space_name(self.spaces[slot])}, and KID in the same features; {one.arm.n} images an "
+            words = (f"{caption} {metric_name(self.spaces[slot])}, and KID in the same features; {one.arm.n} images an "
                      f"arm from equal seeds, against {real}; changes are against unguided; 95 % intervals.").strip()
             cells = [(label, *(f"{row}.{slot}.{column}" for column in COLUMNS)) for row, label in rows.items()]
             texts.append(self.show(table, ["Arm", *COLUMNS.values()], cells, words).data)
