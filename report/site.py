@@ -25,7 +25,8 @@ nav, footer, figcaption { color: #555; font-size: 90%; } nav a { margin-right: 1
 table { border-collapse: collapse; font-size: 85%; margin: 1em 0; display: block; overflow-x: auto; }
 th { border-bottom: 1px solid; border-top: 2px solid; } td, th { padding: .15em .8em .15em 0; text-align: left; }
 img { max-width: 100%; } figure { margin: 2em 0; } math { font-size: 110%; } math[display=block] { margin: .8em 0; }
-pre { font-size: 80%; line-height: 1.35; overflow-x: auto; overflow-y: hidden; } .input_area { background: #f6f6f6; padding: .1em .8em; }
+pre { font-size: 80%; line-height: 1.35; overflow-x: auto; overflow-y: hidden; }
+.input_area { background: #f6f6f6; padding: .1em .8em; }
 .input_area pre { margin: .4em 0; } .output_stderr pre { max-height: 8em; overflow: auto; color: #777; }
 .anchor-link, .prompt { display: none; } .note { color: #A33; }
 """

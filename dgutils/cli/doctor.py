@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import DATA, cores, data_places, repo_root, runs_dir
+from dgutils.paths import DATA, cores, data_dir, data_places, repo_root, runs_dir
 
 PACKAGE = Path(__file__).resolve().parents[1]
 GB = 1e9
@@ -113,7 +113,9 @@ def check_data(dataset):
     from dgutils.datasets import load_dataset
 
     places = data_places(dataset) if dataset in DATA else []
-    if places and not any(place.is_dir() for place in places):  # to load it would be to download it
+    official = ("cifar-10-batches-py", "cifar-10-python.tar.gz") if dataset == "cifar10" and data_dir() else ()
+    there = [*places, *(data_dir() / name for name in official)]
+    if places and not any(place.exists() for place in there):  # to load it would be to download it
         get = {"fashion_mnist": "sudo apt-get install dataset-fashion-mnist, or nothing: 30 MB are",
                "cifar10": "nothing: 170 MB are"}[dataset]
         raise Absent(f"{dataset}, looked for in {', '.join(map(str, places))}", f"{get} downloaded when first needed")
