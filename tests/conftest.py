@@ -10,7 +10,8 @@ from dgutils.paths import environment
 ours = environment()
 os.environ.clear()
 os.environ.update(ours)
-# A make that runs the tests passes its own state to every make below it; a test's make starts from none, as a person's does.
+# A make that runs the tests passes its own state to every make below it; a test's make starts from none, as a
+# person's does.
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
     os.environ.pop(name, None)
 # Before torch is imported, and through the environment, so that kernels and other processes inherit it.
