@@ -31,7 +31,7 @@ help:  ## this list
 	@PYTHON=$(call q,$(value PYTHON)) sh dgutils/setup.sh venv
 	@touch $@
 
-reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, ...; ONLY=03; SET="name=value ..."; NPROC=8
+reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, ...; ONLY=03; SET="name=value ..."; NPROC=8; VERBOSE=1
 	@sh dgutils/setup.sh data
 	@$(if $(value NPROC),$(PY) -m dgutils work $(call profile,quick) --nproc $(call q,$(value NPROC)) $(SETS))
 	@$(PY) -m dgutils reproduce $(call profile,quick) $(call each,--only,$(value ONLY)) $(SETS)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def log_line(line: str) -> None:
-    """Print a line to stderr without breaking a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """Say a line to people, on stderr, without breaking a progress bar."""
+    tqdm.write(f"dgutils: {line}", file=sys.stderr)
 
 
 def device() -> "torch.device":

@@ -36,6 +36,11 @@ def said(name: str) -> str | None:
     return os.environ.get(name, "").strip() or None
 
 
+def verbose() -> bool:
+    """Whether the user wants to see on the terminal what otherwise goes to the log alone."""
+    return said("VERBOSE") not in (None, "0")
+
+
 def home() -> Path:
     """The user's home folder. Raises UserError where there is none, as for a container's user without an entry."""
     try:

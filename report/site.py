@@ -124,7 +124,7 @@ def build(profile: str) -> Path:
 
 def main() -> int:
     parser = Parser("site", "the executed notebooks and the report's figures as a static site")
-    return script(parser, lambda args: print(build(args.profile).relative_to(repo_root())))
+    return script(parser, lambda args: print(f"{'page':<13} {build(args.profile).relative_to(repo_root())}"))
 
 
 if __name__ == "__main__":

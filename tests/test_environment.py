@@ -130,7 +130,7 @@ def test_missing_data_package_is_no_failure(bare_machine):
         assert result.returncode == 0 and "apt-get install dataset-fashion-mnist" in result.stderr
 
 
-GROUND = ("errors", "paths", "files", "machine", "arrays", "sources")
+GROUND = ("errors", "paths", "files", "machine", "terminal", "arrays", "sources")
 ROOMS = ("ground", "method", "networks", "pipeline", "results", "cli")
 
 

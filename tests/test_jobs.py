@@ -25,6 +25,7 @@ from dgutils.pipeline import store as store_module
 from dgutils.pipeline.store import Store
 from dgutils.results import provenance
 from dgutils.results import records as results
+from dgutils.terminal import log_file
 
 SCORE = dict(img_resolution=32, img_channels=1, patch_size=4, model_channels=8, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=())  # fmt: skip
@@ -199,12 +200,12 @@ def kept(tmp_path, monkeypatch):
     return path, scores
 
 
-def test_scores_that_are_kept_need_no_images(kept, capsys):
+def test_scores_that_are_kept_need_no_images(kept):
     store, real = jobs.open_store("smoke"), jobs.RealSet("fashion_mnist", "test", 60)
     again = jobs.Score(store, guided_arm(store), real, "tiny", 20).ensure()
     assert (again.fd.value, again.kid.value, again.manifold) == (kept[1].fd.value, kept[1].kid.value, kept[1].manifold)
     assert np.array_equal(again.kid.draws, kept[1].kid.draws)
-    assert not store.root.exists() and "kept in" in capsys.readouterr().err
+    assert not store.root.exists() and "kept in" in log_file("smoke").read_text()
     made = provenance.lineage("smoke", [again.digest])  # down to the networks
     assert {entry.get("step") for entry in made.values()} == {"evaluate", "generate", "train", None}
     assert {"tiny"} <= {entry["label"] for entry in made.values()}
@@ -214,7 +215,7 @@ def test_scores_that_are_kept_need_no_images(kept, capsys):
     assert len(json.loads(kept[0].read_text())["scores"]) == 2
 
 
-def test_scores_in_the_store_come_before_those_that_are_kept(kept, capsys):
+def test_scores_in_the_store_come_before_those_that_are_kept(kept):
     content = store_module.read_kept(kept[0])
     for scores in content["scores"].values():
         scores["fd"]["value"] = 0.0

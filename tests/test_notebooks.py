@@ -11,6 +11,7 @@ from dgutils import __main__
 from dgutils.pipeline import cells
 from dgutils.pipeline.parameters import Parameters
 from dgutils.results.records import load_results
+from dgutils.terminal import tally
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("0[1-6]_*.ipynb"))
@@ -68,11 +69,11 @@ def test_work_finds_in_the_notebooks_what_they_need(tmp_path, monkeypatch, capfd
     said = re.search(r"dgutils: the time is up: (\d+) of (\d+) scores are left; the same command goes on\n",
                      capfd.readouterr().err)
     assert said and said[1] == said[2] != "0" and not list(tmp_path.glob("runs/smoke/store/*/*/shard_*"))
-    assert __main__.main([*work, *smallest]) == 0 and "MISS generate" in capfd.readouterr().err
-    assert __main__.main([*work, *smallest]) == 0 and "MISS" not in capfd.readouterr().err
+    assert __main__.main([*work, *smallest]) == 0 and " 0 made" not in tally("smoke", 0)
+    made = (tmp_path / "runs/smoke/log").stat().st_size
+    assert __main__.main([*work, *smallest]) == 0 and tally("smoke", made) == "0 artifacts found, 0 made"
     assert __main__.main(["reproduce", "--profile", "smoke", "--only", "05", *smallest]) == 0
-    printed = capfd.readouterr()
-    assert "HIT evaluate" in printed.out + printed.err and "MISS" not in printed.out + printed.err
+    assert re.search(r"^[1-9]\d* artifacts found, 0 made; ", capfd.readouterr().out, re.MULTILINE)
 
 
 def code_cells(path, tag: str | None = None) -> list:
@@ -178,7 +179,12 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
     assert __main__.main(["reproduce", "--profile", "smoke"]) == 0
     printed = capfd.readouterr()
-    assert "unguided" in printed.out.lower() and "MISS generate" in printed.out + printed.err
+    lines = printed.out.splitlines()
+    assert len(lines) <= 50 and printed.err == ""
+    assert [line.split()[1] for line in lines[:6]] == [source.stem for source in SOURCES]
+    assert re.match(r"\d+ artifacts found, [1-9]\d+ made; each is a line of runs/smoke/log$", lines[6])
+    assert "| Unguided " in printed.out and sum("KID x 1000 is " in line for line in lines) == 3
+    assert not re.search("HIT|MISS|Warning", printed.out)
     written = sorted((tmp_path / "report" / "results" / "smoke").glob("*.json"))
     assert len(written) == 6
     for source in SOURCES:
@@ -186,11 +192,14 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
         assert "](../figures/" in source.read_text() and "](../figures/" not in executed.read_text()
         figures = list((tmp_path / "figures" / "smoke").glob(f"{source.stem[:2]}_*.pdf"))
         assert figures and all(f.with_suffix(".png").is_file() for f in figures)
+        outputs = [output for cell in code_cells(executed) for output in cell.outputs]
+        assert outputs and not [output for output in outputs if output.get("name") == "stderr"]
+        assert not re.search("HIT|MISS", "".join(output.get("text", "") for output in outputs))
     before = {path: path.read_bytes() for path in written}
     figures = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*.p*")}
     assert __main__.main(["reproduce", "--profile", "smoke"]) == 0
     again = capfd.readouterr()
-    assert "MISS" not in again.out + again.err
+    assert re.search(r"^\d+ artifacts found, 0 made; ", again.out, re.MULTILINE) and again.err == ""
     assert {path: path.read_bytes() for path in written} == before
     assert {path: path.read_bytes() for path in figures} == figures
     recorded = load_results("smoke")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -39,26 +40,58 @@ def repo(tmp_path, monkeypatch):
 
 def files(root):
     paths = [path.relative_to(root / "runs") for path in root.glob("runs/**/*") if path.is_file()]
-    return sorted(str(path) for path in paths if path.parts[1:2] != ("locks",))
+    return sorted(str(path) for path in paths if path.parts[1] not in ("locks", "log"))
 
 
-def test_complete_notebook_is_renamed(repo, capsys):
+def test_complete_notebook_is_renamed(repo):
     root = repo("import json, sys\n"
                 "json.dump([profile, num_steps, rho, sweep_weights, eval_seed], open('seen.json', 'w'))\n"
                 "print('50 %\\r100 %', file=sys.stderr)\nprint(sys.executable)")
     (root / "runs/smoke/notebooks").mkdir(parents=True)
     (root / "runs/smoke/notebooks/01_demo.failed.ipynb").write_text("from an earlier run")
-    seconds = run_profile("smoke", overrides={"rho": 0.5, "sweep_weights": [1, 2], "eval_seed": 7})
+    run_profile("smoke", overrides={"rho": 0.5, "sweep_weights": [1, 2], "eval_seed": 7})
 
     assert files(root) == ["smoke/notebooks/01_demo.ipynb"]
     # It ran in the root, with the overrides, its own or not, and the profile's name; the profile's values it reads.
     assert json.loads((root / "seen.json").read_text()) == ["smoke", None, 0.5, [1, 2], 7]
-    shown = capsys.readouterr()
-    assert sys.executable in shown.out and "50 %\r100 %\n" == shown.err  # live, from this interpreter
-    assert "[1/1] 01_demo" in shown.out and f"{seconds['01_demo']:.1f} s" in shown.out
     executed = nbformat.read(root / "runs/smoke/notebooks/01_demo.ipynb", as_version=4)
-    stderr = [out.text for cell in executed.cells for out in cell.get("outputs", []) if out.name == "stderr"]
-    assert stderr == ["100 %\n"]  # the bar's last state only
+    outputs = [(out.name, out.text) for cell in executed.cells for out in cell.get("outputs", [])]
+    assert outputs == [("stdout", f"{sys.executable}\n"), ("stdout", f"{SENTINEL}01_demo\n")]  # of this interpreter
+
+
+LOUD = """import sys, warnings
+from dgutils.pipeline import jobs
+from dgutils.terminal import bar
+store = jobs.open_store("smoke")
+for number in (0, 0, 1):
+    artifact = store.artifact("rows", 1, {"number": number}).ensure(lambda folder: None)
+print("what a cell prints")
+warnings.warn("a library is worried")
+with bar(3, "images") as images:
+    images.update(2)
+    images.refresh()
+(artifact.path / "manifest.json").unlink()
+store.artifact("rows", 1, {"number": 1}).ensure(lambda folder: None)"""
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_notebook_is_a_line_and_the_rest_goes_to_the_log(repo, capsys, monkeypatch, verbose):
+    monkeypatch.setenv("VERBOSE", "1" if verbose else "")
+    root = repo(LOUD)
+    seconds = run_profile("smoke")
+    shown, log = capsys.readouterr(), (root / "runs/smoke/log").read_text()
+    assert re.search(rf"^\[1/1\] 01_demo +{seconds['01_demo']:.1f} s$", shown.out, re.MULTILINE)
+    assert shown.out.endswith("0 artifacts found, 2 made; each is a line of runs/smoke/log\n")
+    loud = {"HIT rows": 1, "MISS rows": 3, "UserWarning: a library is worried": 1}
+    assert {what: log.count(what) for what in loud} == loud
+    assert {what: shown.err.count(what) for what in loud} == (loud if verbose else dict.fromkeys(loud, 0))
+    assert ("what a cell prints" in shown.out) == verbose
+    assert shown.err.count("dgutils: QUARANTINED rows-") == log.count(" QUARANTINED rows-") == 1
+    if not verbose:
+        assert shown.out.count("\n") == 2 and shown.err.count("\n") == 1
+    executed = (root / "runs/smoke/notebooks/01_demo.ipynb").read_text()
+    assert "what a cell prints" in executed and not re.search("HIT|MISS|QUARANTINED|worried|images", executed.partition(
+        "what a cell prints")[2].partition('"source"')[0])
 
 
 @pytest.mark.parametrize("cell, last, reason", [

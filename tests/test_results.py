@@ -13,7 +13,6 @@ from dgutils.results import records as results
 from dgutils.results.records import (
     format_value,
     load_results,
-    print_summary,
     published,
 )
 from report.build import latex_escape, latex_value, write_latex
@@ -158,17 +157,13 @@ def test_latex_escape():
         r"a\_b \& 5\% \{x\} \$1 \#2 \textasciitilde{}\textasciicircum{} \textbackslash{}n")
 
 
-def test_markdown_and_summary(root, capsys):
+def test_tables_in_markdown(root):
     evaluation(root).write()
-    print_summary("quick", root)
-    assert capsys.readouterr().out == """
-Results, profile quick: FD over 1,000 images.
-
+    assert load_results("quick", root).markdown("arms") == """\
 | Arm              | FD                | KID     | EDM  |
 |------------------|-------------------|---------|------|
 | Unguided & plain | 25.3 [24.8, 25.9] |         | 2.03 |
-| Ensemble         | 13.8 [13.1, 14.6] | -0.0001 | 1.77 |
-"""
+| Ensemble         | 13.8 [13.1, 14.6] | -0.0001 | 1.77 |"""
 
 
 def test_unknown_names_are_one_clear_line(root):

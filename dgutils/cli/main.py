@@ -51,13 +51,13 @@ command = commands.command(cls=Command)
 @click.option("--cell-timeout", type=int, default=24 * 3600, help="Seconds that a cell may take, 0: any [a day].")
 def reproduce(profile, only, set, cell_timeout):
     """Run the notebooks of a profile and print the result table."""
+    from dgutils.cli.summary import show
     from dgutils.pipeline.notebooks import run_profile
     from dgutils.pipeline.parameters import parse_overrides
-    from dgutils.results.records import print_summary
 
     run_profile(profile, only or None, parse_overrides(set), cell_timeout)
     if not only:
-        print_summary(profile)
+        show(profile)
 
 
 @command

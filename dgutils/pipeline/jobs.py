@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from dgutils import datasets, metrics
 from dgutils.arrays import NotFiniteRows
@@ -27,10 +26,11 @@ from dgutils.networks import checkpoints
 from dgutils.networks.adm import init_head
 from dgutils.networks.features import encode
 from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
-from dgutils.paths import results_dir, runs_dir
+from dgutils.paths import results_dir, runs_dir, torchrun_ranks, verbose
 from dgutils.pipeline import ranks
 from dgutils.pipeline.store import KEPT, Artifact, ShardedSet, Store, digest_of_json
 from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
+from dgutils.terminal import bar, note
 from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
@@ -38,9 +38,15 @@ FEATURE_SHARD = 1000  # images whose features are one file, at most
 
 
 def open_store(profile: str) -> Store:
-    """The artifacts of a profile, under runs/<profile>/store. Results of different profiles never mix."""
+    """The artifacts of a profile, under runs/<profile>/store. Results of different profiles never mix.
+
+    Its lines go to the profile's log. What is damaged is also said, and what one waits for (ranks often do), and all
+    of them where the user wants it.
+    """
     def log(line):
-        if ranks.group().main or line.startswith("QUARANTINED"):
+        note(profile, line)
+        waits = line.startswith("WAIT") and not torchrun_ranks()
+        if line.startswith("QUARANTINED") or ranks.group().main and (waits or verbose()):
             log_line(line)
 
     return Store(runs_dir(profile) / "store", log, results_dir(profile) / KEPT)
@@ -367,12 +373,11 @@ class Trained:
         learn, validate, _ = self.splits
         extractor = checkpoints.load_feature_extractor(config.feature_extractor).to(device())
         done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
-        with tqdm(total=sum(m.epochs for m in config.members), initial=done, desc=self.artifact.label, unit=" epochs",
-                  disable=not group.main) as bar:
+        with bar(sum(m.epochs for m in config.members), self.artifact.label, done, group.main) as epochs:
 
             def progress(name, row):
-                bar.set_postfix_str(f"{name} {row['val_loss']:.3f}")
-                bar.update()
+                epochs.set_postfix_str(f"{name} {row['val_loss']:.3f}")
+                epochs.update()
 
             settings = TrainingSettings(
                 config.members, config.batch_size, config.seed, config.precision,

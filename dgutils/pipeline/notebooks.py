@@ -19,9 +19,9 @@ from traitlets import default
 
 from dgutils.errors import UserError
 from dgutils.files import FULL_DISK, disk_errors, lock
-from dgutils.machine import log_line
-from dgutils.paths import repo_root, runs_dir
+from dgutils.paths import repo_root, runs_dir, verbose
 from dgutils.pipeline import cells, parameters
+from dgutils.terminal import OURS, Screen, log_file, note, tally
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang
@@ -73,17 +73,19 @@ def why_incomplete(notebook: nbformat.NotebookNode, name: str) -> str | None:
     return None
 
 
-def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_timeout: int = CELL_TIMEOUT) -> Path:
+def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_timeout: int = CELL_TIMEOUT,
+                 screen: Screen | None = None) -> Path:  # fmt: skip
     """Execute one notebook with these parameters; out_dir/notebooks/<name>.ipynb appears when it is complete.
 
-    Cells run in the repository's root, in this interpreter, their output shown as it comes, each for at most
-    `cell_timeout` seconds (0: for ever). A failure is kept as <name>.failed.ipynb and raised as a UserError;
-    what an earlier run completed stays. Of two runs of one notebook the second waits for the first.
+    Cells run in the repository's root, in this interpreter, each for at most `cell_timeout` seconds (0: for ever). What
+    they write to stderr goes to `screen`, and is no part of a complete notebook. A failure is kept as
+    <name>.failed.ipynb and raised as a UserError; what an earlier run completed stays. Of two runs of one notebook the
+    second waits for the first.
     """
-    name = source.stem
+    name, screen = source.stem, screen or Screen(sys.stderr)
     done = out_dir / "notebooks" / f"{name}.ipynb"
     temporary, failed = done.with_name(f".{name[:2]}.tmp.ipynb"), done.with_name(f"{name}.failed.ipynb")
-    with disk_errors(out_dir), lock(out_dir / "locks" / f"{name}.lock", True, log_line):
+    with disk_errors(out_dir), lock(out_dir / "locks" / f"{name}.lock", True, screen.say):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(source.read_bytes())
         problem = None
@@ -92,9 +94,8 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
             paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, temporary)]
             papermill.execute_notebook(
                 *paths, dict(values), cwd=repo_root(), kernel_name="python3", language="python",
-                kernel_manager_class=ThisPython, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                execution_timeout=cell_timeout,
-                progress_bar=False,  # the cells' own say more
+                kernel_manager_class=ThisPython, stdout_file=sys.stdout if verbose() else None, stderr_file=screen,
+                execution_timeout=cell_timeout, progress_bar=False,  # the cells' own say more
                 coalesce_streams=True,  # and leave their last state in the notebook, not every one
             )
         except papermill.PapermillExecutionError:
@@ -115,6 +116,8 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
         for cell in executed.cells:
             if cell.cell_type == "markdown":
                 cell.source = COMMITTED.sub("", cell.source)
+            elif cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.get("outputs", []):
                 if "image/png" in output.get("data", {}):  # sliders need a kernel; their picture does not
                     output.data.pop("application/vnd.jupyter.widget-view+json", None)
@@ -127,18 +130,37 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
 
 def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides: Mapping[str, Any] | None = None,
                 cell_timeout: int = CELL_TIMEOUT) -> dict[str, float]:  # fmt: skip
-    """Run all notebooks, or those whose names begin with `only`, with a profile and overrides: name -> seconds."""
+    """Run all notebooks, or those whose names begin with `only`, with a profile and overrides: name -> seconds.
+
+    It prints a line for each notebook when it is done, and how many artifacts were found and made.
+    """
     if cell_timeout < 0:
         raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
     values = parameters.load(profile, overrides)  # what is wrong with them is said before anything runs
     selected = cells.sources(tuple([only] if isinstance(only, str) else only or values.notebooks))
     for source in selected:
         cells.read(source)
-    seconds = {}
+    seconds, said = {}, set()
+
+    def line(text):  # of what a notebook writes to stderr, the lines that are meant for people are shown, each once
+        ours = text.startswith(OURS)
+        if not ours:
+            note(profile, text)
+        if text not in said and (ours or verbose()):
+            screen.say(text)
+        said.add(text)
+
+    screen, log = Screen(sys.stderr, line), log_file(profile)
+    begun = log.stat().st_size if log.exists() else 0
     for number, source in enumerate(selected, 1):
-        print(f"[{number}/{len(selected)}] {source.stem}", flush=True)
-        start = time.monotonic()
-        run_notebook(source, {**(overrides or {}), "profile": profile}, runs_dir(profile), cell_timeout)
-        seconds[source.stem] = time.monotonic() - start
-    print("\n".join(f"{name:<30} {duration:7.1f} s" for name, duration in seconds.items()), flush=True)
+        start, screen.head = time.monotonic(), f"[{number}/{len(selected)}] {source.stem}  "
+        screen.show("")
+        try:
+            run_notebook(source, {**(overrides or {}), "profile": profile}, runs_dir(profile), cell_timeout, screen)
+            seconds[source.stem] = time.monotonic() - start
+        finally:
+            screen.head = ""
+            screen.show("")
+        print(f"[{number}/{len(selected)}] {source.stem:<28} {seconds[source.stem]:7.1f} s", flush=True)
+    print(f"{tally(profile, begun)}; each is a line of {log.relative_to(repo_root())}", flush=True)
     return seconds

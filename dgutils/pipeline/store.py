@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dgutils.errors import UserError
 from dgutils.files import digest_of_file, disk_errors, lock, save_array, sync, write_file
 from dgutils.machine import log_line, now, provenance
 from dgutils.pipeline import ranks
+from dgutils.terminal import bar
 
 # --- digests
 
@@ -302,9 +302,8 @@ class ShardedSet:
             size, parts = self.shard_size, self.parts(n)
             here = {part.shard for part in parts} & self.verified
             group.barrier()  # all have seen what was here before any of them adds to it
-            with tqdm(total=len(parts) * size, initial=len(here) * size, unit=" rows",
-                      desc=self.artifact.label or self.artifact.identity["step"],
-                      disable=status.hit or not progress or not group.main) as bar:
+            label = self.artifact.label or self.artifact.identity["step"]
+            with bar(len(parts) * size, label, len(here) * size, progress and group.main and not status.hit) as rows:
                 for position, part in group.deal(parts):  # first what is free
                     if part.shard in here:
                         continue
@@ -312,7 +311,7 @@ class ShardedSet:
                         break
                     if part.obtain(partial(self.make, part, compute_shard), wait=False):
                         self.verified.add(part.shard)
-                        bar.update(len(here.union(range(position + 1))) * size - bar.n)
+                        rows.update(len(here.union(range(position + 1))) * size - rows.n)
                 group.stop_if_late()
                 for part in self.missing(n):  # then what others were computing
                     part.obtain(partial(self.make, part, compute_shard))

@@ -231,11 +231,3 @@ def setting_text(value) -> str:
     if isinstance(value, list):
         return ", ".join(map(setting_text, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def print_summary(profile: str, root: Path | str | None = None) -> None:
-    """Print what `make reproduce` ends with: those of the tables SUMMARY that the profile's notebooks made."""
-    results = load_results(profile, root)
-    for name in [name for name in SUMMARY if name in results.tables] or SUMMARY[:1]:
-        print(f"\nResults, profile {profile}: {results.tables.get(name, {}).get('caption', '')}\n")
-        print(results.markdown(name))
