@@ -85,7 +85,7 @@ def report(folder):
     recorder = blank_ledger("smoke", "01_kill")
     for i, image in enumerate(pixels):
         recorder.value(f"mean.{i}", image.mean(), label="mean grey level", section="report", n=1)
-    recorder.table("means", ["image", "mean"], [(str(i), f"mean.{i}") for i in range(len(pixels))])
+    recorder.show("means", ["image", "mean"], [(str(i), f"mean.{i}") for i in range(len(pixels))])
     recorder.write()
     write_latex("smoke")
     figure = Figure()

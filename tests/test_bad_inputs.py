@@ -184,9 +184,8 @@ CASES = {
     "step name": (lambda s: s.artifact("../train", 1, {}), "step name '../train'"),
     "result that is NaN": (lambda s: record(value=NAN), "result a is nan"),
     "result key": (lambda s: record(key="A b"), "result key 'A b'"),
-    "interval upside down": (lambda s: record(interval=(2.0, 1.0), level=0.95), "is not .low, high."),
-    "interval without level": (lambda s: record(interval=(1.0, 2.0)), "an interval needs its level"),
-    "row of another length": (lambda s: blank_ledger("smoke", "01_a").table("t", ["a", "b"], [("x",)]), "every row needs 2 cells"),
+    "interval upside down": (lambda s: record(value=metrics.Interval(1.0, 2.0, 1.0, 0.95, 0)), "is not .low, high."),
+    "row of another length": (lambda s: blank_ledger("smoke", "01_a").show("t", ["a", "b"], [("x",)]), "every row needs 2 cells"),
     "result that nobody recorded": (lambda s: Results("smoke", {}, {})["fd"], "no result 'fd' in profile smoke"),
 }  # fmt: skip
 

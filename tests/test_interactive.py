@@ -3,6 +3,7 @@
 import base64
 
 import pytest
+from ipywidgets import FloatRangeSlider, SelectionSlider
 
 from dgutils.results import plots
 from dgutils.results.interactive import Explorer
@@ -19,8 +20,8 @@ def explorer():
         ax.set_title(rule)
         return figure
 
-    made = Explorer(draw, weight=(0.0, 4.0, 0.5), window=(0.0, 1.0, 0.01), rule=["mean", "median"],
-                    sigma=[0.1, 0.5, 2.0], seed=(0, 9, 1))  # fmt: skip
+    made = Explorer(draw, weight=(0.0, 4.0, 0.5), window=FloatRangeSlider(min=0, max=1), rule=["mean", "median"],
+                    sigma=SelectionSlider(options=[(f"{sigma}", sigma) for sigma in (0.1, 0.5, 2.0)]), seed=(0, 9, 1))
     return made, drawn
 
 

@@ -1,17 +1,14 @@
-"""Words follow intervals, sentences and claims follow words; gradients of linear members have known inner products."""
+"""Words follow intervals, sentences and claims follow words."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from dgutils.discriminator import Ensemble, raw_logits_as_probabilities
 from dgutils.errors import UserError
 from dgutils.metrics import Resampled
 from dgutils.pipeline.jobs import ImageSet, RealSet, Scores
-from dgutils.results import gradients
 from dgutils.results.ledger import Ledger, excess, mean_of, over_trainings
 from dgutils.results.statements import direction, summary, verdict
 
@@ -20,7 +17,7 @@ from dgutils.results.statements import direction, summary, verdict
     (-2.0, -1.0, "lower than", "same sign", "opposite"),
     (1.0, 2.0, "higher than", "opposite", "same sign"),
     (-1.0, 2.0, "not distinguishable from", "not distinguishable", "not distinguishable"),
-    (0.0, 2.0, "not distinguishable from", "not distinguishable", "not distinguishable")])  # fmt: skip
+    (0.0, 2.0, "not distinguishable from", "not distinguishable", "not distinguishable")])
 def test_words_follow_the_interval(low, high, word, down, up):
     assert direction(low, high) == word
     assert verdict(-0.26, low, high) == down and verdict(12.0, low, high) == up
@@ -29,7 +26,7 @@ def test_words_follow_the_interval(low, high, word, down, up):
 @pytest.mark.parametrize("verdicts, word", [
     (["same sign", "same sign"], "reproduced"), (["same sign", "not distinguishable"], "partly reproduced"),
     (["same sign", "opposite"], "not reproduced"), (["not distinguishable"], "not reproduced"),
-    ([], "not testable at this scale")])  # fmt: skip
+    ([], "not testable at this scale")])
 def test_a_claim_gets_one_word(verdicts, word):
     assert summary(verdicts) == word
 
@@ -44,7 +41,7 @@ def scores(label, fd, kid, n=20):
     spread = np.linspace(-1, 1, 11)
     manifold = {"precision": fd / 10, "recall": 0.5, "density": 1.0, "coverage": 0.25}
     return Scores(ImageSet(label, n, Rows()), "space", f"digest-{label}", Resampled(fd, fd + spread),
-                  Resampled(kid, kid + spread * kid), manifold)  # fmt: skip
+                  Resampled(kid, kid + spread * kid), manifold)
 
 
 PARAMETERS = SimpleNamespace(profile="quick", feature_spaces=["own"], num_reference=100, reference_split="test")
@@ -88,7 +85,7 @@ def test_real_images_and_baselines_have_no_change(ledger):
     real = scores("real", 1.0, 0.0)
     real = replace(real, arm=RealSet("fashion_mnist", "test", 20))
     ledger.compare({"floor": {"first": real}, "unguided": {"first": scores("u", 4.0, 0.002)}}, "unguided", "arm", "A",
-                   ["arms"])  # fmt: skip
+                   ["arms"])
     assert not [key for key in ledger.records if key.endswith("_change")]
     with pytest.raises(UserError, match="a paired comparison needs equal"):
         ledger.change("x", {"first": scores("a", 3.0, 0.001, n=10)}, {"first": scores("b", 3.0, 0.001)}, "A")
@@ -143,47 +140,6 @@ def test_mean_of_members():
     assert abs(interval.value - 2) < 1e-12 and interval.high - interval.low < 1e-12
 
 
-class Pass(torch.nn.Module):
-    """An extractor that leaves images alone."""
-
-    def features(self, x_vp, vp_time):
-        return x_vp
-
-
-class Linear(torch.nn.Module):
-    """The logit <w, x_vp>, whose gradient by x is w / sqrt(1 + sigma^2)."""
-
-    def __init__(self, w):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.tensor(w, dtype=torch.float64))
-
-    def forward(self, features, vp_time, class_labels=None):
-        return features.flatten(1) @ self.w[:, None]
-
-
-def test_gram_of_linear_members():
-    w = np.array([[1.0, 0, 0, 0], [0, 2, 0, 0], [3, 4, 0, 0]])
-    images = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1), dtype=np.uint8)
-    found = gradients.gradient_gram(Ensemble(Pass(), [Linear(row) for row in w], "mean_logit"), images, [0.5, 2.0], 7)
-    assert found.logits.shape == (3, 2, 5)
-    for level, sigma in enumerate((0.5, 2.0)):
-        assert np.abs(found.gram[level] - w @ w.T / (1 + sigma**2)).max() < 1e-6
-        mean = w.mean(0) / np.sqrt(1 + sigma**2)
-        assert np.abs(found.mean_norm[level] - np.linalg.norm(mean)).max() < 1e-6
-    cosines = [[1, 0, 0.6], [0, 1, 0.8], [0.6, 0.8, 1]]
-    assert np.abs(found.cosines - cosines).max() < 1e-6
-    to_mean = w @ w.mean(0) / np.linalg.norm(w, axis=1) / np.linalg.norm(w.mean(0))
-    assert np.abs(found.to_mean - to_mean).max() < 1e-6
-
-
-def test_fault_gain_is_the_slope_of_the_faulty_rule():
-    logit = torch.tensor([-3.0, -1e-6, 1e-6, 1e-3, 0.5, 0.9, 1.5], dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(raw_logits_as_probabilities(logit[None]).sum(), logit)
-    gain = gradients.fault_gain(logit.detach().numpy())
-    assert np.abs(gain / np.maximum(slope.numpy(), 1) - slope.numpy().clip(max=1)).max() < 1e-9
-    assert gain.tolist()[:3] == [0, 0, 0] and gain[4] == 4 and gain[6] == 0
-
-
 def test_over_trainings_is_students_interval():
     """Of 1, 2, 3: mean 2, SD 1, and t(0.975; 2) = 4.302653 (any table of Student's distribution)."""
     interval = over_trainings([1.0, 2.0, 3.0])
@@ -191,11 +147,3 @@ def test_over_trainings_is_students_interval():
     assert abs(interval.low + interval.high - 4) < 1e-12
     alone = over_trainings([5.0])
     assert (alone.value, alone.low, alone.high) == (5, 5, 5)
-
-
-def test_a_course_finds_the_best_epoch(ledger):
-    history = [dict(epoch=e, val_loss=v, train_loss=t) for e, v, t in ((1, 0.7, 0.7), (2, 0.6, 0.6), (3, 0.9, 0.3))]
-    label, *keys = ledger.course("held_out.paper", "Paper", history, "A")
-    assert label == "Paper" and {key: ledger.records[key]["value"] for key in keys} == {
-        "held_out.paper.epochs": 3, "held_out.paper.best_epoch": 2, "held_out.paper.best_loss": 0.6,
-        "held_out.paper.last_loss": 0.9, "held_out.paper.last_train_loss": 0.3}  # fmt: skip

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from pypdf import PdfReader
 
 from dgutils.errors import UserError
+from dgutils.metrics import Interval
 from dgutils.pipeline import parameters
 from dgutils.results import plots
 from dgutils.results.records import Results, load_results, published
@@ -203,12 +204,12 @@ def invented(tmp_path_factory) -> Path:
         first = recorders[0]
         first.settings(parameters.load("smoke"))
         for key in set(KEYS) - published().keys() - first.records.keys():
-            first.value(key, 1.25, label="invented & more", section="none", interval=(1.0, 1.5), level=0.95, n=1000)
+            first.value(key, Interval(1.25, 1.0, 1.5, 0.95, 0), label="invented & more", section="none", n=1000)
         ladder = []  # of two faults
         for rung, slot in itertools.product(("without_raw_logits", "correct", "only_raw_logits", "only_wrong_file"),
                                             ("first", "second")):
             for key in (f"ladder.{rung}.{slot}.kid_change", f"ladder.{rung}.step.{slot}.kid_change"):
-                first.value(key, -1.25, label="invented", section="none", interval=(-1.5, -1.0), level=0.95)
+                first.value(key, Interval(-1.25, -1.5, -1.0, 0.95, 0), label="invented", section="none")
             ladder.append((rung.replace("only_", "only: "), f"ladder.{rung}.{slot}.kid_change"))
         columns = {name: {"a-long-head-of-a-column"} for name in [*TABLES, *used("rescaption")]}
         for names, name in re.findall(r"\\dgtable(?:\[([^]]*)\])?{(\w+)}", TEXT):
@@ -218,7 +219,7 @@ def invented(tmp_path_factory) -> Path:
             if name == "ladder":
                 rows = [(label, key, *[None] * (len(heads) - 1)) for label, key in ladder[::2]]
             heads = ["A row", *(head.replace("-", " ") for head in sorted(heads))]
-            first.table(name, heads, rows, "A caption & more")
+            first.show(name, heads, rows, "A caption & more")
         for recorder in recorders:
             recorder.write()
     return folder

@@ -8,6 +8,7 @@ import pytest
 from ledgers import blank_ledger
 
 from dgutils.errors import UserError
+from dgutils.metrics import Interval
 from dgutils.results import ledger
 from dgutils.results import records as results
 from dgutils.results.records import (
@@ -28,13 +29,12 @@ def root(tmp_path):
 def evaluation(root, fd=13.812345678901234, profile="quick"):
     """The recorder of a small evaluation notebook."""
     recorder = blank_ledger(profile, "04_evaluation", root)
-    recorder.value("fd.unguided", 25.3, interval=(24.8, 25.9), level=0.95, n=1000, seeds=range(50, 1050),
-                    **WHERE)
-    recorder.value("fd.ensemble", fd, interval=(13.1, 14.6), level=0.95, artifacts=["ab" * 32], **WHERE)
+    recorder.value("fd.unguided", Interval(25.3, 24.8, 25.9, 0.95, 0), n=1000, seeds=range(50, 1050), **WHERE)
+    recorder.value("fd.ensemble", Interval(fd, 13.1, 14.6, 0.95, 0), artifacts=["ab" * 32], **WHERE)
     recorder.value("kid.ensemble", np.float32(-0.00012), digits=4, **WHERE)
     recorder.value("time.sampling", 47, unit="%", **WHERE)
     recorder.value("fd.direction", "lower", **WHERE)
-    recorder.table("arms", ["Arm", "FD", "KID", "EDM"], caption="FD over 1,000 images.",
+    recorder.show("arms", ["Arm", "FD", "KID", "EDM"], caption="FD over 1,000 images.",
                    rows=[("Unguided & plain", "fd.unguided", None, "dg.edm.fid"),
                          ("Ensemble", "fd.ensemble", "kid.ensemble", "dg.edmgpp.fid")])
     return recorder
@@ -72,10 +72,8 @@ def test_same_results_leave_the_file_alone_and_new_ones_change_it(root, monkeypa
     (dict(key="fd}", value=1.0), "result key"), (dict(key="fd", value=float("nan")), "fd is nan"),
     (dict(key="fd", value=np.float64("inf")), "fd is inf"), (dict(key="fd", value=None), "neither a number"),
     (dict(key="fd", value=True), "neither a number"), (dict(key="fd", value=np.zeros(2)), "neither a number"),
-    (dict(key="fd", value=1.0, interval=(0, 2)), "needs its level"),
-    (dict(key="fd", value=1.0, level=0.95), "needs its level"),
-    (dict(key="fd", value=1.0, interval=(2, 0), level=0.95), r"not \[low, high\]"),
-    (dict(key="fd", value=1.0, interval=(0, float("inf")), level=0.95), "fd is inf")])
+    (dict(key="fd", value=Interval(1.0, 2, 0, 0.95, 0)), r"not \[low, high\]"),
+    (dict(key="fd", value=Interval(1.0, 0, float("inf"), 0.95, 0)), "fd is inf")])
 def test_bad_records_are_refused(root, arguments, words):
     with pytest.raises(UserError, match=words):
         blank_ledger("quick", "04_evaluation", root).value(**arguments, **WHERE)
@@ -84,9 +82,9 @@ def test_bad_records_are_refused(root, arguments, words):
 def test_bad_tables_are_refused(root):
     recorder = blank_ledger("quick", "04_evaluation", root)
     with pytest.raises(UserError, match="table name 'a b'"):
-        recorder.table("a b", ["x"], [])
+        recorder.show("a b", ["x"], [])
     with pytest.raises(UserError, match="every row needs 2 cells"):
-        recorder.table("arms", ["Arm", "FD"], [("Unguided",)])
+        recorder.show("arms", ["Arm", "FD"], [("Unguided",)])
 
 
 def test_profiles_never_mix(root):
@@ -168,7 +166,7 @@ def test_tables_in_markdown(root):
 
 def test_unknown_names_are_one_clear_line(root):
     recorder = evaluation(root)
-    recorder.table("wrong", ["Arm", "FD"], [("Unguided", "fd.ungided")])
+    recorder.tables["wrong"] = {"columns": ["Arm", "FD"], "rows": [("Unguided", "fd.ungided")], "caption": ""}
     recorder.write()
     with pytest.raises(UserError, match="no result 'fd.ungided' in profile quick"):
         write_latex("quick", root, root / "generated")
@@ -206,7 +204,7 @@ def test_latex_holds_every_number_and_changes_only_with_results(root, tmp_path):
 
 def test_two_columns_of_one_name_are_told_apart(root, tmp_path):
     recorder = evaluation(root)
-    recorder.table("ladder", ["Arm", "FD (one space)", "step", "KID", "step (other)"],
+    recorder.show("ladder", ["Arm", "FD (one space)", "step", "KID", "step (other)"],
                    [("Ensemble", "fd.ensemble", "fd.unguided", None, "kid.ensemble")])
     recorder.write()
     write_latex("quick", root, tmp_path)
@@ -247,7 +245,7 @@ def test_causes_follow_the_rules_of_the_design():
 def test_a_change_with_an_interval_has_its_word(root):
     recorder = blank_ledger("quick", "04_evaluation", root)
     for name, low, high in (("a", -2, -1), ("b", -1, 1), ("c", 1, 2)):
-        recorder.value(f"{name}.kid_change", (low + high) / 2, interval=(low, high), level=0.95, **WHERE)
+        recorder.value(f"{name}.kid_change", Interval((low + high) / 2, low, high, 0.95, 0), **WHERE)
     recorder.value("d.fd_change", 1.0, **WHERE)
     recorder.write()
     for found in (recorder.results, load_results("quick", root)):

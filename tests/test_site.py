@@ -11,6 +11,7 @@ from ledgers import blank_ledger
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from dgutils.errors import UserError
+from dgutils.metrics import Interval
 from dgutils.results import plots
 from report import site
 
@@ -28,8 +29,8 @@ def clone(tmp_path, monkeypatch):
     picture = plots.save_figure(fig, "smoke", "06_fault")
     recorder = blank_ledger("smoke", "06_ensemble")
     recorder.value("settings.watermark", "smoke", label="watermark", section="parameters")
-    recorder.value("ens.fd", 1.5, interval=(1.0, 2.0), level=0.95, label="FD", section="The arms")
-    recorder.table("ledger", ["Claim", "Our change"], [("a < b & c", "ens.fd")], "The <ledger>")
+    recorder.value("ens.fd", Interval(1.5, 1.0, 2.0, 0.95, 0), label="FD", section="The arms")
+    recorder.show("ledger", ["Claim", "Our change"], [("a < b & c", "ens.fd")], "The <ledger>")
     recorder.write()
     book = new_notebook(cells=[
         new_markdown_cell("# 06 · The ensemble\n\nWith $a < b$ and $\\log r$:\n\n$$\\bar p = \\tfrac1M\\sum_i p_i$$"),

@@ -10,6 +10,7 @@ import pytest
 from ledgers import blank_ledger
 
 from dgutils.errors import UserError
+from dgutils.metrics import Interval
 from dgutils.paths import figures_dir
 from dgutils.pipeline.store import Store
 from dgutils.results.records import load_results
@@ -34,9 +35,9 @@ def clone(tmp_path, monkeypatch):
     (figures_dir("smoke") / "04_arms.pdf").write_bytes(b"a figure")
     recorder = blank_ledger("smoke", NOTEBOOK)
     about = dict(section="The arms", n=40, seeds=range(7, 47), artifacts=[scores.digest])
-    recorder.value("arm.paper.first.fd", 1.5, label="FD of guidance", interval=(1.0, 2.0), level=0.95, **about)
+    recorder.value("arm.paper.first.fd", Interval(1.5, 1.0, 2.0, 0.95, 0), label="FD of guidance", **about)
     recorder.value("settings.num_steps", 6, label="steps", section="parameters")
-    recorder.table("arms", ["Arm", "FD", "EDM"], [("Paper", "arm.paper.first.fd", "dg.edm.fid")], "Arms")
+    recorder.show("arms", ["Arm", "FD", "EDM"], [("Paper", "arm.paper.first.fd", "dg.edm.fid")], "Arms")
     recorder.write()
     return tmp_path
 

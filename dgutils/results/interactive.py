@@ -16,35 +16,25 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _control(name: str, value, choices) -> widgets.Widget:
-    """The control of one argument, which has the default `value`."""
-    about = {"value": value, "description": name, "style": {"description_width": "9em"}}
-    if isinstance(choices, list) and isinstance(value, str):
-        return widgets.Dropdown(options=choices, **about)
-    if isinstance(choices, list):
-        options = [(f"{choice:.3g}", choice) for choice in choices]
-        return widgets.SelectionSlider(options=options, continuous_update=False, **about)
-    low, high, step = choices
-    slider = (widgets.FloatRangeSlider if isinstance(value, tuple) else
-              widgets.FloatSlider if isinstance(step, float) else widgets.IntSlider)  # fmt: skip
-    return slider(min=low, max=high, step=step, continuous_update=False, **about)
-
-
 class Explorer(widgets.VBox):
     """One control for each argument of `draw`, and below them the figure that `draw` returns.
 
-    Every argument of `draw` has a default; the first figure is drawn with the defaults. choices: argument ->
-    (low, high, step), which makes a slider, with two handles where the default is a pair; or a list of what there is.
+    Every argument of `draw` has a default; the first figure is drawn with the defaults. controls: argument -> a widget,
+    or what ipywidgets makes one of: (low, high, step) for a slider, a list of choices, of pairs (words, choice) too.
     A page without widgets, such as an executed notebook on a code host, shows the newest figure as a picture.
     """
 
-    def __init__(self, draw: Callable[..., Figure], **choices):
-        defaults = {name: argument.default for name, argument in inspect.signature(draw).parameters.items()}
-        self.draw, self.controls = draw, {name: _control(name, defaults[name], choices[name]) for name in defaults}
-        self.picture = widgets.Image(format="png", width=770)
-        super().__init__([*self.controls.values(), self.picture])
-        for control in self.controls.values():
+    def __init__(self, draw: Callable[..., Figure], **controls):
+        self.draw, self.controls, self.picture = draw, {}, widgets.Image(format="png", width=770)
+        for name, argument in inspect.signature(draw).parameters.items():
+            control = widgets.interactive.widget_from_abbrev(controls[name], argument.default)
+            control.set_trait("value", argument.default)
+            control.description, control.style.description_width = name, "6em"
+            if hasattr(control, "continuous_update"):
+                control.continuous_update, control.layout.width = False, "34em"  # draw when the slider is let go
             control.observe(self.redraw, "value")
+            self.controls[name] = control
+        super().__init__([*self.controls.values(), self.picture])
         self.redraw()
 
     def redraw(self, change=None):

@@ -8,13 +8,14 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from IPython.display import Markdown
 from scipy import stats
 
-from dgutils.errors import UserError
+from dgutils.errors import require
 from dgutils.files import digest_of_file
 from dgutils.machine import now, provenance
 from dgutils.metrics import Interval, Resampled
@@ -28,9 +29,7 @@ from dgutils.results.statements import direction, summary, two_digits, verdict, 
 
 SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
 COLUMNS = {"fd": "FD", "kid": "KID x 1000", "fd_change": "FD change", "kid_change": "KID change",
-           "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage"}  # fmt: skip
-COURSE = {"Epochs": "epochs", "Best epoch": "best_epoch", "Held-out loss, best": "best_loss",
-          "Held-out loss, last": "last_loss", "Training loss, last": "last_train_loss"}  # fmt: skip
+           "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage"}
 BySpace = dict[str, Scores | list[Scores]]
 
 
@@ -45,7 +44,7 @@ def scaled(interval: Interval, factor: float) -> Interval:
 def combined(arms: list[Scores], label: str, combine) -> Scores:
     """Scores of several arms made into one's: combine is applied to values, draws and manifold scores alike."""
     fd, kid = (Resampled(float(combine([getattr(arm, score).value for arm in arms])),
-                         combine([getattr(arm, score).draws for arm in arms])) for score in SCORES)  # fmt: skip
+                         combine([getattr(arm, score).draws for arm in arms])) for score in SCORES)
     manifold = {name: float(combine([arm.manifold[name] for arm in arms])) for name in arms[0].manifold}
     digest = "+".join(arm.digest for arm in arms)
     return Scores(replace(arms[0].arm, label=label), arms[0].space, digest, fd, kid, manifold)
@@ -53,8 +52,7 @@ def combined(arms: list[Scores], label: str, combine) -> Scores:
 
 def mean_of(arms: list[BySpace], label: str) -> BySpace:
     """The mean of several arms' scores, as one arm: what a member reaches on average."""
-    return {slot: combined([arm[slot] for arm in arms], label, lambda values: np.mean(values, axis=0))
-            for slot in arms[0]}  # fmt: skip
+    return {slot: combined([arm[slot] for arm in arms], label, partial(np.mean, axis=0)) for slot in arms[0]}
 
 
 def excess(arm: BySpace, unguided: BySpace) -> BySpace:
@@ -67,14 +65,13 @@ def excess(arm: BySpace, unguided: BySpace) -> BySpace:
         one.minus(other)  # raises unless the two are of the same seeds
         return combined([one, other], f"effect of {one.arm.label}", lambda pair: pair[0] - pair[1])
 
-    each = {slot: [less(*pair) for pair in paired(scores, unguided[slot])] for slot, scores in arm.items()}
-    return {slot: effects if isinstance(arm[slot], list) else effects[0] for slot, effects in each.items()}
+    return {slot: [less(*pair) for pair in paired(scores, unguided[slot])] if isinstance(scores, list) else
+            less(scores, unguided[slot]) for slot, scores in arm.items()}
 
 
 def paired(arm: Scores | list[Scores], baseline: Scores | list[Scores]) -> list[tuple[Scores, Scores]]:
     """(arm, baseline) of each training."""
-    arms, baselines = (scores if isinstance(scores, list) else [scores] for scores in (arm, baseline))
-    return list(zip(arms, baselines, strict=True))
+    return list(zip(arm, baseline, strict=True)) if isinstance(arm, list) else [(arm, baseline)]
 
 
 def over_trainings(values, level: float = 0.95) -> Interval:
@@ -113,33 +110,30 @@ class Ledger:
             return self.experiment.scores(arm, space, reference)
 
         return {name: {slot: of(arm, space) for slot, space in self.spaces.items() if slot in spaces}
-                for name, arm in arms.items()}  # fmt: skip
+                for name, arm in arms.items()}
 
     # --- numbers
 
     def value(self, key: str, value: float | str | Interval, label: str, section: str, *, unit: str = "",
-              interval: tuple[float, float] | None = None, level: float | None = None, n: int | None = None,
-              seeds: range | list[int] | None = None, artifacts=(), digits: int | None = None) -> None:  # fmt: skip
+              n: int | None = None, seeds: range | list[int] | None = None, artifacts=(),
+              digits: int | None = None) -> None:
         """Record a number, alone or with its interval, or a word that the prose takes from the data ('lower').
 
-        label: what it is, in words. section: the notebook section that made it. interval: [low, high] at confidence
-        `level`. n: images behind it. artifacts: digests it was made from. digits: decimals in print; without it, what
-        the interval justifies, or 3 significant digits. Raises UserError for a bad key, and for what is not finite.
+        label: what it is, in words. section: the notebook section that made it. n: images behind it. artifacts: digests
+        it was made from. digits: decimals in print; without it, what the interval justifies, or 3 significant digits.
+        Raises UserError for a bad key, and for what is not finite.
         """
-        if isinstance(value, Interval):
-            value, interval, level = value.value, (value.low, value.high), value.level
-        if not kept.KEY.fullmatch(key):
-            raise UserError(f"result key {key!r}: use lower-case words and digits, joined by . _ or -")
-        if (interval is None) != (level is None):
-            raise UserError(f"result {key}: an interval needs its level, and a level its interval")
-        value, *bounds = (number(one, key) for one in (value, *(interval or ())))
-        if bounds and not bounds[0] <= bounds[1]:
-            raise UserError(f"result {key}: the interval {bounds} is not [low, high]")
+        require(kept.KEY.fullmatch(key), f"result key {key!r}: use lower-case words and digits, joined by . _ or -")
+        interval = value if isinstance(value, Interval) else None
+        value, *bounds = [number(one, key) for one in
+                          ([interval.value, interval.low, interval.high] if interval else [value])]
+        require(bounds == sorted(bounds), f"result {key}: the interval {bounds} is not [low, high]")
         if isinstance(seeds, range):
             seeds = {"first": seeds[0], "count": len(seeds)}
         self.records[key] = {
-            "value": value, "label": label, "cell": section, "unit": unit, "interval": bounds or None, "level": level,
-            "n": n, "seeds": seeds, "artifacts": list(artifacts), "digits": digits}  # fmt: skip
+            "value": value, "label": label, "cell": section, "unit": unit, "interval": bounds or None,
+            "level": interval and interval.level, "n": n, "seeds": seeds, "artifacts": list(artifacts),
+            "digits": digits}
 
     def settings(self, parameters) -> None:
         """Record the parameters of a run under settings.<name>, lists as their items."""
@@ -152,15 +146,15 @@ class Ledger:
         """Record an arm's scores in each feature space: FD, KID, precision, recall, density, coverage."""
         for slot, scores in arm.items():
             found = {score: (title, scaled(getattr(scores, score).interval(), factor), None)
-                     for score, (title, factor) in SCORES.items()}  # fmt: skip
+                     for score, (title, factor) in SCORES.items()}
             found |= {name: (name, value, 3) for name, value in scores.manifold.items()}
             for name, (title, value, digits) in found.items():
                 self.value(f"{key}.{slot}.{name}", value, f"{title} of {scores.arm.label}, {scores.space}", section,
                            n=scores.arm.n, seeds=scores.arm.seeds or None, artifacts=scores.digest.split("+"),
-                           digits=digits)  # fmt: skip
+                           digits=digits)
 
     def change(self, key: str, arm: BySpace, baseline: BySpace, section: str, only=tuple(SCORES),
-               words: tuple[str, str] | None = None, spread: bool = False) -> None:  # fmt: skip
+               words: tuple[str, str] | None = None, spread: bool = False) -> None:
         """Record arm less baseline in each feature space, paired: <key>.<space>.kid_change and .fd_change.
 
         Of one training the interval is the paired bootstrap's; of several it is Student's, over trainings. only: the
@@ -187,30 +181,19 @@ class Ledger:
                     for i, value in enumerate(values if score == "kid" else (), 1):
                         self.value(f"{name}_change.training{i}", value, f"training {i}: {label}", **about)
 
-    def course(self, key: str, label: str, history: list[dict], section: str, artifacts=()) -> tuple[str, ...]:
-        """Record how a member's training went, by held-out loss; returns its row of a table, COURSE its columns."""
-        best, last = min(history, key=lambda row: row["val_loss"]), history[-1]
-        values = last["epoch"], best["epoch"], best["val_loss"], last["val_loss"], last["train_loss"]
-        for fact, value in zip(COURSE.values(), values, strict=True):
-            self.value(f"{key}.{fact}", value, f"{label}: {fact.replace('_', ' ')}", section, artifacts=artifacts,
-                       digits=None if "epoch" in fact else 3)  # fmt: skip
-        return label, *(f"{key}.{fact}" for fact in COURSE.values())
-
     # --- tables
 
-    def table(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> None:
-        """Record a table: column heads, and rows of a label followed by result keys (None: an empty cell)."""
-        if not re.fullmatch(r"[a-z0-9_]+", name):
-            raise UserError(f"table name {name!r}: use lower-case letters, digits and _")
-        if any(len(row) != len(columns) for row in rows):
-            raise UserError(f"table {name}: every row needs {len(columns)} cells, like the columns")
-        self.tables[name] = {"columns": columns, "rows": rows, "caption": caption}
-
     def show(self, name: str, columns: list[str], rows: list[tuple], caption: str = "") -> Markdown:
-        """Record a table and show it; a cell whose key nobody recorded is empty."""
+        """Record a table and show it: heads, and rows of a label followed by result keys.
+
+        A cell without a key, or whose key nobody recorded, is empty.
+        """
+        require(re.fullmatch(r"[a-z0-9_]+", name), f"table name {name!r}: use lower-case letters, digits and _")
+        require(all(len(row) == len(columns) for row in rows),
+                f"table {name}: every row needs {len(columns)} cells, like the columns")
         known = self.records.keys() | published().keys()
-        self.table(name, columns, [(label, *(key if key in known else None for key in keys)) for label, *keys in rows],
-                   caption)  # fmt: skip
+        rows = [(label, *(key if key in known else None for key in keys)) for label, *keys in rows]
+        self.tables[name] = {"columns": columns, "rows": rows, "caption": caption}
         return Markdown(f"{caption}\n\n{self.results.markdown(name)}")
 
     def show_by_space(self, name: str, head: str, rows: dict[str, str], columns: dict[str, str], caption: str):
@@ -220,29 +203,11 @@ class Ledger:
         """
         heads = [f"{column} ({space})" for space in self.spaces.values() for column in columns]
         cells = [(label, *(f"{key}.{end.replace('*', slot)}" for slot in self.spaces for end in columns.values()))
-                 for key, label in rows.items()]  # fmt: skip
+                 for key, label in rows.items()]
         return self.show(name, [head, *heads], cells, caption)
 
-    def show_blocks(self, key: str, blocks: dict[str, BySpace], section: str) -> Markdown:
-        """Record FD in each block of seeds, its mean, standard deviation (of more than one) and minimum; show them."""
-        rows, heads = [], {"mean": "Mean", "sd": "SD", "min": "Minimum"}
-        for name, arm in blocks.items():
-            fd, first = np.array([scores.fd.value for scores in arm["first"]]), arm["first"][0].arm
-            values = {f"block{number}": value for number, value in enumerate(fd, 1)}
-            heads = {block: block.replace("block", "Block ") for block in values} | heads
-            values |= {"mean": fd.mean(), "min": fd.min()} | ({"sd": fd.std(ddof=1)} if len(fd) > 1 else {})
-            rows.append((name, *(f"{key}.{name}.{field}" for field in heads)))
-            for field, value in values.items():
-                self.value(f"{key}.{name}.{field}", value, f"FD of {name}: {field}", section, n=first.n, digits=2,
-                           seeds=range(first.seeds[0], first.seeds[0] + len(fd) * first.n),
-                           artifacts=[scores.digest for scores in arm["first"]])  # fmt: skip
-        p = self.parameters
-        caption = (f"{metric_name(self.spaces['first'])} in blocks of {first.n} seeds from {p.eval_seed} on, against "
-                   f"{p.num_reference} real {p.reference_split} images.")
-        return self.show(key, ["Arm", *heads.values()], rows, caption)
-
     def compare(self, scores: dict[str, BySpace], to, key: str, section: str, tables=(), labels=None, above=None,
-                caption: str = "", reference: str = "") -> Markdown:  # fmt: skip
+                caption: str = "", reference: str = "") -> Markdown:
         """Record each arm's scores, where a table shows them, and their paired changes; show the tables.
 
         scores: name -> scores by space. to: the name of the baseline, or its scores, or for each name its baseline's
@@ -270,11 +235,11 @@ class Ledger:
         """Recorded changes for `plots.differences`: a panel for each score and space; rows: key -> label."""
         return {f"change of {SCORES[score][0]}\n({space})": {
             label: self.interval(f"{key}.{slot}.{score}_change") for key, label in rows.items()}
-            for slot, space in self.spaces.items() for score in only}  # fmt: skip
+            for slot, space in self.spaces.items() for score in only}
 
     def interval(self, key: str) -> Interval:
         """The interval of a record."""
-        record = self.results[key]
+        record = self.records[key]
         return Interval(record["value"], *record["interval"], record["level"], 0)
 
     # --- words
@@ -288,7 +253,7 @@ class Ledger:
         spaces = self.spaces if ".*." in sentence else {"*": ""}
         return [(f"**{space}**: " if space else "") + re.sub(
             r"\{([^}]+)\}", lambda match, slot=slot: self.text(match[1].replace("*", slot)), sentence)
-            for slot, space in spaces.items()]  # fmt: skip
+            for slot, space in spaces.items()]
 
     def sentences(self, *keys: str) -> list[str]:
         """Recorded changes in words, KID first: for each feature space a line for each key that was recorded."""
@@ -298,7 +263,7 @@ class Ledger:
                 subject, baseline = self.compared[key]
                 parts = [f"{title} is **{direction(*by['interval'])}** that of {baseline} (change {format_value(by)})"
                          for score, title in (("kid", f"KID x 1000 of {subject}"), ("fd", "FD"))
-                         if (by := self.records.get(f"{key}.{slot}.{score}_change"))]  # fmt: skip
+                         if (by := self.records.get(f"{key}.{slot}.{score}_change"))]
                 lines.append(f"**{space}**: {'; '.join(parts)}.")
         return lines
 
@@ -313,7 +278,7 @@ class Ledger:
     # --- claims
 
     def claim(self, key: str, text: str, arm: BySpace | None, baseline: BySpace | None, section: str,
-              sign: float | None = None, published_as: tuple[str, str] | None = None) -> None:  # fmt: skip
+              sign: float | None = None, published_as: tuple[str, str] | None = None) -> None:
         """State a claim and test it: in each feature space by the sign of arm less baseline in KID, then in one word.
 
         It asserts either a sign, or that of the change between two published numbers, keys of published.csv. Without
@@ -339,7 +304,7 @@ class Ledger:
         spaces = {f"Our change ({space})": f"{slot}.kid_change" for slot, space in self.spaces.items()}
         ours = spaces | {"n": "n", "Trainings": "trainings", "Verdict": "summary"}
         rows = [(claim["text"], *claim["published"], *(f"claim.{key}.{what}" for what in ours.values()))
-                for key, claim in self.claims.items()]  # fmt: skip
+                for key, claim in self.claims.items()]
         return self.show(name, ["Claim", "Published before", "Published after", *ours], rows, caption)
 
     def claim_sentences(self) -> list[str]:
@@ -349,7 +314,7 @@ class Ledger:
             before, after = claim["published"]
             told = f" (published {self.text(before)} to {self.text(after)})" if before else " (our own)"
             each = [f"{self.spaces[slot]}: {word}, KID x 1000 changes by {self.text(f'claim.{key}.{slot}.kid_change')}"
-                    for slot, word in claim["verdicts"].items()]  # fmt: skip
+                    for slot, word in claim["verdicts"].items()]
             if each:
                 lines.append(f"{claim['text']}{told}: **{self.text(f'claim.{key}.summary')}**; {'; '.join(each)}.")
         return lines + [f"{len(untested)} claims are not testable at this scale: {'; '.join(untested)}."]
@@ -374,7 +339,7 @@ class Ledger:
             "figures": {path.stem: {"cell": cell, "sha256": digest_of_file(path)} for path in figures
                         if (cell := section_of(path.stem, cells))},
             "code": fingerprint(self.notebook),
-        }  # fmt: skip
+        }
         content = json.loads(json.dumps(content, allow_nan=False))
         try:
             old = kept.read_results(self.path)
@@ -394,10 +359,9 @@ def bullets(lines: list[str]) -> Markdown:
 
 def number(value, key: str) -> float | int | str:
     """A plain finite number, or text. Raises UserError for anything else."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise UserError(f"result {key}: {value!r} is neither a number nor text")
-    if not isinstance(value, str) and not math.isfinite(value):
-        raise UserError(f"result {key} is {value}: a number went wrong where it was computed")
+    value = value.item() if isinstance(value, np.generic) else value
+    require(isinstance(value, int | float | str) and not isinstance(value, bool),
+            f"result {key}: {value!r} is neither a number nor text")
+    require(isinstance(value, str) or math.isfinite(value),
+            f"result {key} is {value}: a number went wrong where it was computed")
     return value

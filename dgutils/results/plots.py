@@ -5,12 +5,12 @@ marker of its own. They look the same whatever a user's matplotlibrc says. Image
 """
 
 import math
-import re
 import textwrap
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -72,12 +72,31 @@ def curves(ax, x, series: dict, **settings) -> None:
     ax.set(**settings)
 
 
-def errors_by_steps(ax, num_steps, errors: dict, ylabel: str) -> None:
-    """Errors by number of sampling steps, on logarithmic axes."""
-    curves(ax, num_steps, errors, xscale="log", yscale="log", xlabel="steps", ylabel=ylabel, xticks=num_steps,
-           xticklabels=num_steps)  # fmt: skip
-    ax.minorticks_off()
-    ax.legend()
+def bands(ax, x, series: dict, estimator="median", errorbar=("pi", 80)) -> None:
+    """For each series, label -> values [L, K], seaborn's estimate over the last axis, and a band; NaN is left out."""
+    for index, (label, values) in enumerate(series.items()):
+        sns.lineplot(x=np.repeat(x, values.shape[1]), y=values.ravel(), estimator=estimator, errorbar=errorbar,
+                     label=label, legend=False, err_kws={"linewidth": 0}, ax=ax, **style(index))
+
+
+def dots(ax, intervals: dict, groups: dict | None = None, along: str = "x", hollow=()) -> None:
+    """A dot for each label, its interval as a bar along x (rows from the top down) or along y (columns); a line at 0.
+
+    groups: label -> style index (default: its place). hollow: labels whose dots are not filled.
+    """
+    for place, (label, found) in enumerate(intervals.items()):
+        look = style(groups[label] if groups else place) | {"linestyle": "none"}
+        at = (found.value, place) if along == "x" else (place, found.value)
+        bar = {f"{along}err": [[found.value - found.low], [found.high - found.value]]}
+        ax.errorbar(*at, **bar, **look, capsize=2, elinewidth=1, markersize=4.5,
+                    markerfacecolor="white" if label in hollow else look["color"])
+    if along == "x":
+        ax.set(yticks=range(len(intervals)), yticklabels=intervals, ylim=(len(intervals) - 0.5, -0.5))
+    else:
+        ax.set(xticks=range(len(intervals)), xticklabels=intervals, xlim=(-0.6, len(intervals) - 0.4))
+    line = ax.axvline if along == "x" else ax.axhline
+    line(0, color="0.4", linewidth=0.8, zorder=0)
+    ax.grid(axis=along)
 
 
 def mosaic(ax, images, columns: int, rows: list[str] | None = None, heads: list[str] | None = None) -> None:
@@ -94,51 +113,6 @@ def mosaic(ax, images, columns: int, rows: list[str] | None = None, heads: list[
     ax.set_yticks(np.arange(len(rows or ())) * (height + 1) + height / 2, rows)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-
-
-def dot(ax, x, y, interval, index, horizontal=True, filled=True) -> None:
-    """A dot with its interval as a bar, along x or along y."""
-    arms = [[interval.value - interval.low], [interval.high - interval.value]]
-    mark = style(index) | {"linestyle": "none", "markerfacecolor": COLOURS[index % 7] if filled else "white"}
-    ax.errorbar([x], [y], **{"xerr" if horizontal else "yerr": arms}, **mark, capsize=2, elinewidth=1, markersize=4.5)
-
-
-def dots(ax, intervals: dict, groups: dict | None = None) -> None:
-    """Dots with their intervals, a row for each label from the top down; groups: label -> style index, if not the row.
-    """
-    for row, (label, interval) in enumerate(intervals.items()):
-        dot(ax, interval.value, row, interval, groups[label] if groups else row)
-    zero(ax, horizontal=True)
-    ax.set(yticks=range(len(intervals)), ylim=(len(intervals) - 0.5, -0.5), yticklabels=intervals)
-
-
-def zero(ax, horizontal: bool) -> None:
-    """The line of no change, and a grid across it."""
-    (ax.axvline if horizontal else ax.axhline)(0, color="0.4", linewidth=0.8, zorder=0)
-    ax.grid(axis="x" if horizontal else "y")
-
-
-def quantiles(values):
-    """The 10th, 50th and 90th percentile of values [L, K] over the last axis, NaN left out."""
-    return np.nanquantile(values, [0.1, 0.5, 0.9], axis=1)
-
-
-def mean_interval(values):
-    """The mean of values [L, K] over the last axis, between the ends of its 95 % interval."""
-    half = 1.96 * values.std(1, ddof=1) / np.sqrt(values.shape[1])
-    return np.stack([values.mean(1) - half, values.mean(1), values.mean(1) + half])
-
-
-def bands(ax, x, series: dict, spread=quantiles) -> None:
-    """For each series, label -> values [L, K], the middle one of what `spread` gives and a band between the others."""
-    for index, (label, values) in enumerate(series.items()):
-        some = np.isfinite(values).any(axis=1)
-        if not some.any():  # a guide that never acted still has its place in the legend
-            ax.plot([], [], **style(index), label=label)
-            continue
-        low, middle, high = spread(values[some])
-        ax.plot(x[some], middle, **style(index), label=label)
-        ax.fill_between(x[some], low, high, color=COLOURS[index % 7], alpha=0.2, linewidth=0)
 
 
 def legend_above(ax) -> None:
@@ -161,13 +135,25 @@ def sampler_axis(ax, sigmas, window, **settings) -> None:
 # --- figures of several notebooks
 
 
+def errors_by_steps(ax, num_steps, errors: dict, ylabel: str) -> None:
+    """Errors by number of sampling steps, on logarithmic axes."""
+    curves(ax, num_steps, errors, xscale="log", yscale="log", xlabel="steps", ylabel=ylabel, xticks=num_steps,
+           xticklabels=num_steps)
+    ax.minorticks_off()
+    ax.legend()
+
+
 @look()
-def trajectory(noisy, clean, sigmas) -> Figure:
-    """Per image two rows: the sample and its denoised guess, uint8 [steps, N, H, W, C]; a column a noise level."""
+def trajectory(noisy, clean, sigmas, names=("",)) -> Figure:
+    """Per image two rows: the sample x and its denoised guess D, uint8 [steps, N, H, W, C]; a column a noise level.
+
+    names: of the images, in turn.
+    """
     steps, n, height, width, channels = noisy.shape
-    rows = np.stack([noisy, clean]).transpose(2, 0, 1, 3, 4, 5).reshape(-1, height, width, channels)
+    images = np.stack([noisy, clean]).transpose(2, 0, 1, 3, 4, 5).reshape(-1, height, width, channels)
+    rows = [f"{names[i % len(names)]} ${what}$" for i in range(n) for what in "xD"]
     fig, ax = panels(1, 1, (TEXT_WIDTH - 0.3) * 2 * n / steps + 0.4)
-    mosaic(ax, rows, steps, rows=["$x$", "$D$"] * n, heads=[f"{s:.3g}" for s in sigmas])
+    mosaic(ax, images, steps, rows, heads=[f"{s:.3g}" for s in sigmas])
     ax.xaxis.tick_top()
     ax.set_xlabel(r"noise level $\sigma$")
     ax.xaxis.set_label_position("top")
@@ -188,7 +174,7 @@ def training_curves(histories: dict, chance: float) -> Figure:
             ax.axhline(nothing, **FINE)
             ax.axvline(best, color="0.75", linewidth=2.5, zorder=0)
             series = {label: [entry[f"{part}_{quantity}"] for entry in history]
-                      for part, label in (("train", "training"), ("val", "validation"))}  # fmt: skip
+                      for part, label in (("train", "training"), ("val", "validation"))}
             curves(ax, epochs, series, xlim=(0.5, len(epochs) + 0.5))
             for line in ax.lines[-2:]:
                 line.set_markevery(max(1, len(epochs) // 5))
@@ -202,25 +188,23 @@ def training_curves(histories: dict, chance: float) -> Figure:
     return fig
 
 
-def plane(titles, height: float):
-    """A figure of the 2-D world, and its axes, one for each title."""
-    fig, axes = panels(1, len(titles), height, sharex=True, sharey=True)
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set(title=title, aspect="equal", xlabel="$x_1$")
+@look()
+def plane(points: dict, height: float | None = None, contours=None):
+    """The 2-D world: title -> points [N, 2], which may be empty, and its axes.
+
+    contours: (grid [G], density [G, G]) of the data, drawn over the points in the grid's frame.
+    """
+    fig, axes = panels(1, len(points), height or TEXT_WIDTH / len(points) + 0.35, sharex=True, sharey=True)
+    for ax, (title, xy) in zip(axes, points.items(), strict=True):
+        ax.set(title=title, aspect="equal", xlabel="$x_1$", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
         ax.tick_params(labelsize=7)
+        ax.scatter(*np.reshape(xy, (-1, 2)).T, s=1.2, color=COLOURS[1], alpha=0.55, linewidths=0, rasterized=True)
+        if contours:
+            grid, density = contours
+            ax.contour(grid, grid, density, density.max() * np.array([0.02, 0.15, 0.6]), colors="0.1", linewidths=0.7)
+            ax.set(xlim=grid[[0, -1]], ylim=grid[[0, -1]])
     axes[0].set_ylabel("$x_2$")
     return fig, axes
-
-
-@look()
-def toy_world(points: dict, grid, density) -> Figure:
-    """Samples of the 2-D world over contours of the data's density: title -> points [N, 2]; density on grid^2."""
-    fig, axes = plane(points, TEXT_WIDTH / len(points) + 0.35)
-    for ax, xy in zip(axes, points.values(), strict=True):
-        ax.scatter(*xy.T, s=1.2, color=COLOURS[1], alpha=0.55, linewidths=0, rasterized=True)
-        ax.contour(grid, grid, density, density.max() * np.array([0.02, 0.15, 0.6]), colors="0.1", linewidths=0.7)
-        ax.set(xlim=grid[[0, -1]], ylim=grid[[0, -1]])
-    return fig
 
 
 @look()
@@ -228,31 +212,23 @@ def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
     """Dots with intervals, a row an arm, a panel a score; zero is the arm that all are compared to.
 
     changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most, in.
-    "mended: a fault" is labelled "\u2212 a fault", and "only: a fault" "+ a fault".
     """
-    short = {arm: re.sub("^mended: ", "\u2212 ", re.sub("^only: ", "+ ", arm)) for arm in groups}
-    names = {arm: "\n".join(textwrap.wrap(name, 52)) for arm, name in short.items()}
+    names = {arm: "\n".join(textwrap.wrap(arm, 52)) for arm in groups}
     lines = sum(name.count("\n") + 1 for name in names.values())
     down = -(-len(changes) // 2)
     fig, axes = panels(down, min(2, len(changes)), min(height, down * (0.6 + 0.13 * lines)), sharey=True, squeeze=False)
     for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
         dots(ax, arms, groups)
         ax.set_yticklabels([names[arm] for arm in arms], linespacing=0.9)
-        ax.set_xlabel(label + compressed(ax, list(arms.values())), linespacing=1)
+        ax.set_xlabel(label + compress(ax, arms.values()), linespacing=1)
     return fig
 
 
-def compressed(ax, intervals: list) -> str:
-    """Where one arm would squeeze the others into a line, the axis is logarithmic beyond them; it says from where."""
-    typical = float(np.median([max(abs(i.low), abs(i.high)) for i in intervals]))
-    largest = max(abs(i.high) for i in intervals)
-    if largest <= 10 * typical:
+def compress(ax, intervals) -> str:
+    """Where one arm would squeeze the others into a line, make the axis logarithmic beyond them, and say from where."""
+    reach = [max(abs(interval.low), abs(interval.high)) for interval in intervals]
+    if max(reach) <= 10 * np.median(reach):
         return ""
-    decades = range(math.ceil(math.log10(typical)), math.ceil(math.log10(largest)) + 1)
-    ticks = [10.0**d for d in decades]
-    words = [f"{x:g}" if x < 1000 else f"$10^{{{d}}}$" for x, d in zip(ticks, decades, strict=True)]
-    minus = "\u2212" if ticks[0] < 1000 else "$-$"
-    ax.set_xscale("symlog", linthresh=ticks[0], linscale=2)
-    ax.set_xticks([-ticks[0], 0, *ticks], [minus + words[0], "0", *words])
-    ax.set_xticks([], minor=True)
-    return f"\nlogarithmic beyond {words[0]}"
+    limit = 10.0 ** math.ceil(math.log10(np.median(reach)))
+    ax.set_xscale("symlog", linthresh=limit, linscale=2)
+    return f"\nlogarithmic beyond {limit:g}"

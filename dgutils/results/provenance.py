@@ -3,12 +3,10 @@
 With it report/trace.py prints a number's origin, and notices stale results, in a clone that has none of the artifacts.
 """
 
-import ast
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from dgutils.paths import repo_root, results_dir, runs_dir
 from dgutils.pipeline.store import KEPT, read_kept, read_manifest
@@ -43,19 +41,13 @@ def digest_of_code(sources: Iterable[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def constant(module: str, name: str) -> Any:
-    """A constant of dgutils/<module>.py that is written as a literal, without importing it (torch takes seconds)."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    return next(ast.literal_eval(node.value) for node in tree.body
-                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name)  # fmt: skip
-
-
 def fingerprint(notebook: str) -> dict:
     """The code that a notebook's results follow from: its cells, the rules of its statements, the steps' versions."""
+    from dgutils.pipeline.jobs import VERSIONS  # late: it takes seconds, which a table that is read alone does not need
+
     rules = [(PACKAGE / "results" / f"{name}.py").read_text(encoding="utf-8") for name in ("statements", "ledger")]
-    versions = constant("pipeline/jobs", "VERSIONS") | {"gradients": constant("results/gradients", "GRADIENTS_VERSION")}
-    cells = digest_of_code(source for _, source in sections(notebook))
-    return {"notebook": cells, "statements": digest_of_code(rules), "versions": versions}
+    cells = [source for _, source in sections(notebook)]
+    return {"notebook": digest_of_code(cells), "statements": digest_of_code(rules), "versions": dict(VERSIONS)}
 
 
 # --- the artifacts
@@ -82,8 +74,7 @@ def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
             if whole in stored:
                 found[digest] = _entry(stored[whole], n)
                 config = stored[whole][0]["identity"]["config"]
-                inputs |= {source: _source(role, source, config, stored)
-                           for role, source in found[digest]["inputs"].items()}  # fmt: skip
+                inputs |= {source: _made_by_none(role, config) for role, source in found[digest]["inputs"].items()}
             elif digest in known:
                 found[digest] = known[digest]
                 inputs |= dict.fromkeys(known[digest]["inputs"].values(), label)
@@ -91,6 +82,12 @@ def lineage(profile: str, digests: Iterable[str]) -> dict[str, dict]:
                 found[digest] = {"label": label, "inputs": {}}
         wanted = {digest: label for digest, label in inputs.items() if digest not in found}
     return found
+
+
+def _made_by_none(role: str, config: dict) -> str:
+    """What an input is if no step made it: the network that the config names, real images, or its role."""
+    images = {"real", "arm", "reference", "images"}
+    return config[role] if isinstance(config.get(role), str) else "real images" if role in images else role
 
 
 def _entry(manifests: list[dict], n: int | None = None) -> dict:
@@ -102,11 +99,11 @@ def _entry(manifests: list[dict], n: int | None = None) -> dict:
         **{name: last[name] for name in ("label", "created", "device", "revision")},
         **{name: identity[name] for name in ("step", "version", "inputs")},
         "folder": f"{identity['step']}/{last['digest'][:16]}",
-        "seconds": round(sum(manifest["seconds"] for manifest in used), 3)}  # fmt: skip
+        "seconds": round(sum(manifest["seconds"] for manifest in used), 3)}
 
 
 def _rows_of(digests: set[str], stored: dict[str, list[dict]]) -> dict[str, tuple[str, int]]:
-    """Which of these digests stand for the first n rows of a set (ShardedSet.digest): digest -> (the set's, n)."""
+    """Which of these digests stand for the first n rows of a set (`ShardedSet.digest`): digest -> (the set's, n)."""
     found = {}
     for whole, shards in stored.items():
         size = shards[0]["identity"].get("shards", {}).get("size", 0)
@@ -115,14 +112,3 @@ def _rows_of(digests: set[str], stored: dict[str, list[dict]]) -> dict[str, tupl
             if digest in digests:
                 found[digest] = whole, n
     return found
-
-
-def _source(role: str, digest: str, config: dict, stored: dict[str, list[dict]]) -> str:
-    """What an input is that no step made: the network or the images that the config names, else its role."""
-    if isinstance(config.get(role), str):
-        return config[role]
-    if role == "real":
-        return f"{config['dataset']}, training images"
-    labels = [manifests[0]["label"] for manifests in stored.values()
-              if manifests[0]["identity"]["inputs"].get("images") == digest]  # the features of them say so
-    return labels[0].rpartition(", ")[0] if labels else role

@@ -32,10 +32,9 @@ def results_folder(profile: str, root: Path | str | None) -> Path:
 
 
 def keep(profile: str) -> Path:
-    """Copy the scores in a profile's store, with their lineage, to the file that the repository keeps.
+    """Add the scores in a profile's store, with their lineage, to the file that the repository keeps.
 
-    A study goes on from there in a fresh clone, without drawing what is scored; what was kept before stays. Raises
-    UserError for a damaged file.
+    A study goes on from there in a fresh clone, without drawing what is scored.
     """
     path, found = results_dir(profile) / KEPT, {}
     for folder in sorted((runs_dir(profile) / "store" / "evaluate").glob("????????????????")):
@@ -52,12 +51,8 @@ def keep(profile: str) -> Path:
 def write_if_changed(path: Path, text: str) -> None:
     """Write a file whole, unless it says so already (so that nothing built from it is rebuilt)."""
     with disk_errors(path.parent):
-        try:
-            old = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            old = None
-        if old != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_file(path, text.encode())
 
 
@@ -72,13 +67,10 @@ def decimals(record: dict) -> int:
     if record.get("digits") is not None:
         return record["digits"]
     low, high = record.get("interval") or (0, 0)
-    scale, significant = ((high - low) / 2, 1) if high > low else (abs(record["value"]), 3)
-    if not scale:
-        return 0
-    exponent = math.floor(math.log10(scale))
-    if high > low and scale < 3 * 10**exponent:
-        significant = 2
-    return max(0, significant - 1 - exponent)
+    scale = (high - low) / 2 or abs(record["value"])
+    exponent = math.floor(math.log10(scale)) if scale else 0
+    significant = 3 if high == low else 2 if scale < 3 * 10**exponent else 1
+    return max(0, significant - 1 - exponent) if scale else 0
 
 
 def printed(record: dict) -> tuple[str, str, str]:
@@ -133,7 +125,7 @@ class Results:
         if name not in self.tables:
             raise UserError(f"no table {name!r} in profile {self.profile}; there are {sorted(self.tables)}")
         rows = [[words(label), *("" if key is None else show(self[key]) for key in keys)]
-                for label, *keys in self.tables[name]["rows"]]  # fmt: skip
+                for label, *keys in self.tables[name]["rows"]]
         return [[words(head) for head in self.tables[name]["columns"]], *rows]
 
     def markdown(self, name: str) -> str:
@@ -196,24 +188,24 @@ def causes(results: Results, slot: str, show=format_value, words=str) -> dict[st
     KID worse than unguided. "carries": the fault whose mending, in the company of those below it, lowers KID most,
     with the step. show, words: as in `Results.cells`.
     """
-    rows = [row for row in results.tables.get("ladder", {}).get("rows", []) if ".only_" in (row[1] or "")]
-    names = {row[1].split(".")[1].removeprefix("only_"): words(row[0].removeprefix("only: ")) for row in rows}
-    rungs = dict(zip(names, [*(f"without_{fault}" for fault in list(names)[:-1]), "correct"], strict=False))
+    names = {key.split(".")[1].removeprefix("only_"): words(label.removeprefix("only: "))
+             for label, key, *_ in results.tables.get("ladder", {}).get("rows", []) if ".only_" in (key or "")}
 
-    def found(rung: str, of: str = "step.") -> dict | None:
-        return results.records.get(f"ladder.{rung}.{of}{slot}.kid_change")
+    def change(rung: str) -> dict | None:
+        return results.records.get(f"ladder.{rung}.{slot}.kid_change")
 
-    def told(fault: str, rung: str) -> str:
-        return f"{names[fault]} ({show(record)})" if (record := found(rung)) else names[fault]
+    def told(fault: str, record: dict | None) -> str:
+        return f"{names[fault]} ({show(record)})" if record else names[fault]
 
-    if not names or not all(map(found, rungs.values())):
+    rungs = [*(f"without_{fault}" for fault in list(names)[:-1]), "correct"]
+    mended = {fault: change(f"{rung}.step") for fault, rung in zip(names, rungs, strict=False)}
+    if not names or not all(mended.values()):
         return {}
-    sufficient = [names[fault] for fault in names if direction(*found(f"only_{fault}", "")["interval"]) == HIGHER]
-    most = min(rungs, key=lambda fault: found(rungs[fault])["value"])
-    lowers = direction(*found(rungs[most])["interval"]) == LOWER
-    return {"alone": "; ".join(told(fault, f"only_{fault}") for fault in names),
-            "sufficient": "; ".join(sufficient) or "none",
-            "carries": told(most, rungs[most]) if lowers else "none"}  # fmt: skip
+    sufficient = [name for fault, name in names.items() if direction(*change(f"only_{fault}")["interval"]) == HIGHER]
+    most = min(names, key=lambda fault: mended[fault]["value"])
+    lowers = direction(*mended[most]["interval"]) == LOWER
+    return {"alone": "; ".join(told(fault, change(f"only_{fault}.step")) for fault in names),
+            "sufficient": "; ".join(sufficient) or "none", "carries": told(most, mended[most]) if lowers else "none"}
 
 
 def why(results: Results, spaces: dict[str, str]) -> list[str]:
@@ -223,7 +215,7 @@ def why(results: Results, spaces: dict[str, str]) -> list[str]:
             f"{results.text(f'ladder.correct.{slot}.kid_change')}. Added alone to that one, the faults change it by: "
             f"{found['alone']}. Sufficient by themselves to make guidance worse than none: {found['sufficient']}. In "
             f"the company of the others, the one whose mending lowers KID most: {found['carries']}."
-            for slot, space in spaces.items() if (found := causes(results, slot))]  # fmt: skip
+            for slot, space in spaces.items() if (found := causes(results, slot))]
 
 
 def setting_text(value) -> str:

@@ -1,4 +1,4 @@
-"""Words that follow from intervals by rule, so that no sentence can say more than its number."""
+"""Words and digits that follow from intervals by rule, so that no sentence can say more than its number."""
 
 import math
 
@@ -37,5 +37,5 @@ def with_words(records: dict[str, dict]) -> dict[str, dict]:
     """Records, and beside each <key>_change with an interval its word, <key>_direction."""
     words = {key.removesuffix("change") + "direction": record | {
         "value": direction(*record["interval"]), "label": f"{record['label']}, in words", "interval": None, "unit": ""}
-        for key, record in records.items() if key.endswith("_change") and record.get("interval")}  # fmt: skip
+        for key, record in records.items() if key.endswith("_change") and record.get("interval")}
     return words | records
