@@ -124,8 +124,8 @@ def test_a_run_ends_with_tables_sentences_and_places(clone, capsys):
                          f"{score} of guidance by Paper minus unguided sampling, {space}", digits=1, **about)
         columns = ("fd", "kid", "fd_change", "kid_change", "precision")
         keys = [f"arm.paper.{slot}.{column}" for column in columns[:4]]
-        ledger.table("arms" if slot == "first" else "arms_second",
-                     ["Arm", "FD", "KID x 1000", "FD change", "KID change", "Precision"], [("Paper", *keys, None)])
+        ledger.show("arms" if slot == "first" else "arms_second",
+                    ["Arm", "FD", "KID x 1000", "FD change", "KID change", "Precision"], [("Paper", *keys, None)])
     ledger.write()
     assert summary.sentences(load_results("smoke")) == [
         "Guidance by Paper: KID x 1000 is lower than that of unguided sampling in here (-3.0 [-5.0, -1.0]) and "
