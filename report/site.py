@@ -13,6 +13,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
+from dgutils.cli.summary import sentences
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir, repo_root, runs_dir
 from dgutils.results.records import SUMMARY, Results, load_results, why, write_if_changed
@@ -30,6 +31,9 @@ pre { font-size: 80%; line-height: 1.35; overflow-x: auto; overflow-y: hidden; }
 .input_area pre { margin: .4em 0; } .output_stderr pre { max-height: 8em; overflow: auto; color: #777; }
 .anchor-link, .prompt { display: none; } .note { color: #A33; }
 """
+
+
+FINDING = "06_samples"  # the picture of the front page: the same seeds unguided, guided, and under the study's fault
 
 
 def page(title: str, body: str, profile: str, style: str = "") -> str:
@@ -55,13 +59,15 @@ def with_math(body: str) -> str:
                    for text, code in zip(texts, codes, strict=True))
 
 
-def notebook_page(path: Path, profile: str) -> tuple[str, str]:
-    """(title, page) of an executed notebook."""
+def notebook_page(path: Path, profile: str) -> tuple[str, str, str]:
+    """(title, the question that it asks, page) of an executed notebook."""
     exporter = HTMLExporter(template_name="basic", embed_images=True)
     body, _ = exporter.from_filename(str(path))
     heading = re.search(r"<h1[^>]*>(.*?)(?:<a |</h1>)", body, re.DOTALL)
     title = html.unescape(re.sub(r"<[^>]+>", "", heading[1])).strip() if heading else path.stem
-    return title, page(title, with_math(body), profile, HtmlFormatter().get_style_defs(".highlight"))
+    question = re.search(r"</h1>\s*<p><em>(.*?)</em></p>", body, re.DOTALL)
+    style = HtmlFormatter().get_style_defs(".highlight")
+    return title, html.unescape(question[1]) if question else "", page(title, with_math(body), profile, style)
 
 
 def captions(report: Path, words: dict[str, str] | None = None) -> dict[str, str]:
@@ -98,9 +104,9 @@ def build(profile: str) -> Path:
     (site / "figures").mkdir(parents=True, exist_ok=True)
     links = []
     for path in executed:
-        title, text = notebook_page(path, profile)
+        title, question, text = notebook_page(path, profile)
         write_if_changed(site / f"{path.stem}.html", text)
-        links.append(f'<li><a href="{path.stem}.html">{html.escape(title)}</a></li>')
+        links.append(f'<li><a href="{path.stem}.html">{html.escape(title)}</a>: {html.escape(question)}</li>')
     figures = []
     for name, caption in captions(repo_root() / "report", spaces(results)).items():
         if (picture := figures_dir(profile) / f"{name}.png").is_file():
@@ -108,15 +114,18 @@ def build(profile: str) -> Path:
             figures.append(f'<figure><img src="figures/{name}.png" alt="{name}"><figcaption>{caption} '
                            f'<a href="{results.figures[name]["notebook"]}.html">{name}</a></figcaption></figure>')
     notes = [f"Profile {mark}: a demonstration."] if (mark := watermark(results)) else []
-    tables = [name for name in ("ledger", *SUMMARY, "ladder", "trainings") if name in results.tables]
-    answer = [f"<p>{html.escape(text)}</p>" for text in why(results, spaces(results))]
+    tables = [name for name in (*SUMMARY, "ladder", "trainings", "ledger") if name in results.tables]
+    found, answer = sentences(results), why(results, spaces(results))
     run = next(iter(results.runs.values()))
     body = "\n".join([
         "<h1>Discriminator guidance, reproduced</h1>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes + [f"Stale: {line}" for line in stale(results)]),
-        *(["<h2>Why the study's ensemble failed</h2>"] if answer else []), *answer,
-        "<h2>Results</h2>", *(table(results, name) for name in tables),
-        "<h2>Notebooks</h2>", "<ol>", *links, "</ol>", "<h2>Figures of the report</h2>", *figures,
+        "<h2>What was found</h2>", *(f"<p>{html.escape(text)}</p>" for text in found),
+        *(figure for figure in figures if f"figures/{FINDING}.png" in figure),
+        "<h2>What each notebook asks</h2>", "<ol>", *links, "</ol>",
+        *(["<h2>Why the study's ensemble failed</h2>"] if answer else []),
+        *(f"<p>{html.escape(text)}</p>" for text in answer),
+        "<h2>Results</h2>", *(table(results, name) for name in tables), "<h2>Figures of the report</h2>", *figures,
         f"<footer>{run['date'][:10]}, code {revision(run)}, {html.escape(run['device'])}</footer>"])  # fmt: skip
     write_if_changed(site / "index.html", page("Discriminator guidance, reproduced", body, profile))
     return site / "index.html"

@@ -27,13 +27,16 @@ def clone(tmp_path, monkeypatch):
     shutil.copy(ROOT / "report/main.tex", tmp_path / "report")
     fig, _ = plots.panels()
     picture = plots.save_figure(fig, "smoke", "06_fault")
+    plots.save_figure(plots.panels()[0], "smoke", site.FINDING)
     recorder = blank_ledger("smoke", "06_ensemble")
     recorder.value("settings.watermark", "smoke", label="watermark", section="parameters")
+    recorder.value("ens.raw_all.first.kid_change", Interval(2.0, 1.0, 3.0, 0.95, 0), section="The arms",
+                   label="KID x 1000 of raw logits minus unguided sampling, there")
     recorder.value("ens.fd", Interval(1.5, 1.0, 2.0, 0.95, 0), label="FD", section="The arms")
     recorder.show("ledger", ["Claim", "Our change"], [("a < b & c", "ens.fd")], "The <ledger>")
     recorder.write()
     book = new_notebook(cells=[
-        new_markdown_cell("# 06 · The ensemble\n\nWith $a < b$ and $\\log r$:\n\n$$\\bar p = \\tfrac1M\\sum_i p_i$$"),
+        new_markdown_cell("# 06 · The ensemble\n\n*Are six better than one?*\n\nWith $a < b$ and $\\log r$:\n\n$$\\bar p = \\tfrac1M\\sum_i p_i$$"),
         new_code_cell("cost = '$5 to $6'", execution_count=1, outputs=[
             new_output("display_data", {"text/markdown": "so $x^2$ holds"}),
             new_output("display_data", {"image/png": base64.b64encode(picture.data).decode()})])])
@@ -48,11 +51,15 @@ def test_the_site_holds_notebooks_results_and_figures_and_loads_nothing(clone):
     front = site.build("smoke")
     assert front == clone / "runs/smoke/site/index.html"
     index, book = (front.with_name(name).read_text() for name in ("index.html", "06_ensemble.html"))
-    assert '<a href="06_ensemble.html">06 · The ensemble</a>' in index and "05_reproduction.failed" not in index
+    assert '<a href="06_ensemble.html">06 · The ensemble</a>: Are six better than one?' in index and "05_reproduction.failed" not in index
     assert "<td>a &lt; b &amp; c</td><td>1.5 [1.0, 2.0]</td>" in index and "The &lt;ledger&gt;" in index
     assert "Profile smoke: a demonstration." in index
     assert 'src="figures/06_fault.png"' in index and (front.parent / "figures/06_fault.png").is_file()
-    caption = re.search(r"<figcaption>(.*?)<a", index, re.DOTALL)[1]
+    finding, picture, question, ledger = map(index.index, (
+        "Raw logits: KID x 1000 is higher than that of unguided sampling in there (2.0 [1.0, 3.0]).",
+        f"figures/{site.FINDING}.png", "Are six better than one?", "The &lt;ledger&gt;"))
+    assert finding < picture < question < ledger  # the front page says first what was found
+    caption = re.search(r"06_fault.png[^>]*><figcaption>(.*?)<a", index, re.DOTALL)[1]
     assert "images that get no guidance" in caption and "\\" not in caption and "$" not in caption
 
     assert book.count("<math") == 4 and "\\tfrac" not in book and "data:image/png" in book
@@ -63,6 +70,13 @@ def test_the_site_holds_notebooks_results_and_figures_and_loads_nothing(clone):
     made = {path: path.stat().st_mtime_ns for path in front.parent.glob("*.html")}
     site.build("smoke")
     assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_a_notebook_asks_on_its_page_what_the_readme_says_that_it_asks():
+    asked = dict(re.findall(r"\| `(0\d_\w+)` \| (.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert list(asked) == [path.stem for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))]
+    for name, question in asked.items():
+        assert site.notebook_page(ROOT / f"notebooks/{name}.ipynb", "quick")[1] == question
 
 
 def test_captions_are_those_of_the_report_in_plain_words():
