@@ -20,7 +20,7 @@ unexport $(filter-out PYTHON,$(filter PYTHON% PYTEST_%,$(.VARIABLES)))
 PY := .venv/bin/python
 RUN := $(PY) -m dgutils.paths
 .DEFAULT_GOAL := help
-.PHONY: help reproduce keep plan fetch rehearse test report check-report html trace lab bench doctor lint clean
+.PHONY: help reproduce keep plan fetch rehearse test report check-report html publish trace lab bench doctor lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -69,6 +69,11 @@ check-report: .venv/.complete  ## is the report's form in order: paper, length, 
 
 html: .venv/.complete  ## executed notebooks and figures as a site to open from disk: runs/quick/site/index.html
 	@$(RUN) -m report.site $(profile_if_given)
+
+publish: .venv/.complete  ## renew docs/report.pdf and docs/pages/, which can be read without running anything
+	@sh dgutils/setup.sh tex
+	@$(PY) -m dgutils reproduce --profile quick
+	@$(RUN) -m report.publish
 
 trace: .venv/.complete  ## where a number of the report comes from: KEY=arm.paper.first.fd, figure:NN_slug or table:name
 	@$(RUN) -m report.trace $(profile_if_given) -- $(call q,$(value KEY))
