@@ -53,9 +53,10 @@ rehearse: .venv/.complete  ## the paper profile at its full architectures, rando
 	@sh dgutils/setup.sh tex
 	@$(RUN) -m report.build --profile rehearsal
 
+# As many at once as there are cores (tests/conftest.py), one thread each; a worker that is done takes over another's.
 test: .venv/.complete  ## run every test; ARGS="-k name" goes to pytest
 	@sh dgutils/setup.sh data
-	@$(RUN) -m pytest $(ARGS)
+	@OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" $(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 
 report: .venv/.complete  ## build report/report.pdf; PROFILE=quick (default: committed results, else your own); STRICT=1
 	@sh dgutils/setup.sh tex

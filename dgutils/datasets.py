@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dgutils.errors import UserError, require
 from dgutils.noise import keyed_rng
@@ -43,6 +45,28 @@ def load_dataset(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     require(checksum == expected, f"{name} ({split}) has checksum {checksum[:12]}, not the published images; {remedy}")
     images.flags.writeable = labels.flags.writeable = False
     return images, labels
+
+
+def read_folder(folder, channels: int) -> np.ndarray:
+    """The PNG and JPEG files of a folder by name: uint8 [N, H, W, channels], 3 for colour or 1 for grey.
+
+    Palettes, grey and colours are converted, of 16 bits the upper 8 kept. Raises UserError, naming the file, for what
+    cannot be read or is transparent, and for a size that is not the first's.
+    """
+    found, images = sorted(Path(folder).expanduser().glob("[!.]*")), []
+    for path in (path for path in found if path.suffix.lower() in (".png", ".jpg", ".jpeg")):
+        try:
+            image = Image.open(path)
+            alpha = image.convert("RGBA").getextrema()[3]
+        except Exception as error:  # Pillow's decoders raise a dozen types; all mean: not readable
+            raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+        require(alpha == (255, 255), f"{path} is transparent in places: save it on a background, without alpha")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        images.append(np.asarray(image.convert({1: "L", 3: "RGB"}[channels])).reshape(*image.size[::-1], channels))
+        require(images[-1].shape == images[0].shape, f"{path} is not of the first image's size: give all the same")
+    require(images, f"{folder} holds no .png, .jpg or .jpeg: name the folder in which they lie themselves")
+    return np.stack(images)
 
 
 def dataset_digest(name: str, split: str) -> str:

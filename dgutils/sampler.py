@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from dgutils.errors import UserError, require
-from dgutils.noise import PerSampleNoise, karras_sigmas
+from dgutils.noise import PerSampleNoise, karras_sigmas, vp_scale
 
 Churn = tuple[torch.Tensor, torch.Tensor]  # of each image: S_churn [N] and S_noise [N]
 Denoise = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
@@ -43,6 +43,32 @@ def network_denoiser(network, precision: str = "float32", class_labels=None) -> 
             return network(x, sigma, class_labels).double()
 
     return denoise
+
+
+class EpsilonDenoiser:
+    """A DDPM network eps(x_vp, t), t int64 [N], with its alphas-bar [T], as a denoiser: D(x, sigma) = x - sigma eps.
+
+    Step t has noise level sqrt(1 / alpha-bar - 1); between two, the nearer one's is taken (see `fitted_sigmas`).
+    """
+
+    def __init__(self, network, alphas_bar):
+        alphas = torch.as_tensor(alphas_bar).double()
+        require(alphas.ndim == 1 and 1 > alphas[0] and (alphas.diff() < 0).all() and alphas[-1] > 0,
+                "alphas_bar must fall from below 1 to above 0, one a step: a DDPM's alphas_cumprod")
+        self.network, self.levels = network, (1 / alphas - 1).sqrt()
+        self.sigma_min, self.sigma_max = self.levels[0].item(), self.levels[-1].item()
+
+    def _step(self, sigma):
+        return (sigma.log()[:, None] - self.levels.to(sigma.device).log()).abs().argmin(1)
+
+    def round_sigma(self, sigma):
+        return self.levels.to(sigma.device)[self._step(sigma)]
+
+    @torch.no_grad()
+    def __call__(self, x, sigma, step, order):
+        level = sigma[:, None, None, None]
+        eps = self.network((x * vp_scale(level)).float(), self._step(sigma))
+        return x - level * getattr(eps, "sample", eps)[:, : x.shape[1]]  # diffusers wraps it; variances may follow
 
 
 def classifier_free_denoiser(conditional: Denoise, unconditional: Denoise, weight: float) -> Denoise:

@@ -2,9 +2,10 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
-from dgutils.paths import environment
+from dgutils.paths import cores, environment
 
 # As the commands do it: what the account configures for other programs changes no test.
 ours = environment()
@@ -19,3 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 # The same examples on every run, and no failure because a shared machine is slow.
 settings.register_profile("dgutils", derandomize=True, deadline=None)
 settings.load_profile("dgutils")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """How many run at once under `pytest -n auto`: the cores that we may use, at most 8, of 1.5 GB memory each."""
+    return min(cores(), 8)
