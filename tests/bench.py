@@ -332,9 +332,9 @@ def _grow(count: int, steps: int) -> dict:
     config = jobs.Sampling("fashion-mnist-edm", steps, batch_size=250, shard_size=250)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder, lambda line: None)
-        jobs.image_set(store, config, 250).ensure()  # loads the network
+        jobs.ImageSet(store, config, 250).ensure()  # loads the network
         start = time.perf_counter()
-        jobs.image_set(store, replace(config, sigma_max=79.0), count).ensure()
+        jobs.ImageSet(store, replace(config, sigma_max=79.0), count).ensure()
         return {"seconds": time.perf_counter() - start, "mib": bench_metrics._peak_mib()}
 
 

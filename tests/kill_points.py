@@ -62,16 +62,16 @@ def tiny_networks():
 
 def images(folder):
     """What the later stages begin with."""
-    return jobs.image_set(Store(folder), tiny.sampling(), 40).ensure()
+    return jobs.ImageSet(Store(folder), tiny.sampling(), 40).ensure()
 
 
 def sampling(folder):
-    return jobs.image_set(Store(folder), tiny.sampling(), 96).ensure()
+    return jobs.ImageSet(Store(folder), tiny.sampling(), 96).ensure()
 
 
 def training(folder):
     store = Store(folder)
-    return jobs.discriminators(store, tiny.training(members=MEMBERS), images(folder)).ensure()
+    return jobs.Trained(store, tiny.training(members=MEMBERS), images(folder)).ensure()
 
 
 def features(folder):

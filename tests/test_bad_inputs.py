@@ -63,7 +63,7 @@ def member(**changes):
 
 
 def images(store, **changes):
-    return jobs.image_set(store, tiny.sampling(**changes), 8).ensure()
+    return jobs.ImageSet(store, tiny.sampling(**changes), 8).ensure()
 
 
 def record(**changes):
@@ -116,13 +116,12 @@ CASES = {
     "batch of 0": (lambda s: tiny.sampling(batch_size=0), "batch_size 0"),
     "negative batch": (lambda s: tiny.sampling(batch_size=-8), "batch_size -8"),
     "shard of 0": (lambda s: images(s, shard_size=0), "shard.size 0"),
-    "no images": (lambda s: jobs.image_set(s, tiny.sampling(), 0).ensure(), "0 rows asked for; ask for at least 1"),
-    "negative first seed": (lambda s: jobs.image_set(s, tiny.sampling(), 8, -1).ensure(), "first seed -1"),
+    "no images": (lambda s: jobs.ImageSet(s, tiny.sampling(), 0).ensure(), "0 rows asked for; ask for at least 1"),
+    "negative first seed": (lambda s: jobs.ImageSet(s, tiny.sampling(), 8, -1).ensure(), "first seed -1"),
     "classes of an unconditional network": (lambda s: images(s, conditional=True), "knows no classes"),
     "classifier-free without classes": (lambda s: tiny.sampling(cfg_network="tiny"), "set conditional"),
-    "S_churn NaN": (lambda s: images(s, s_churn=NAN), "s_churn is nan"),
-    "S_churn negative": (lambda s: images(s, s_churn=-1.0), "s_churn -1"),
-    "S_max infinite": (lambda s: images(s, s_max=INF), "s_max is inf, .*use null"),
+    "weight of classifier-free guidance NaN": (lambda s: images(s, cfg_weight=NAN), "cfg_weight is nan"),
+    "... infinite": (lambda s: images(s, cfg_weight=INF), "cfg_weight is inf, .*null for"),
     # guidance
     "unknown rule": (lambda s: Ensemble(network(EncoderUNet), [network(EncoderUNet)], "mode"), "unknown combination rule 'mode'"),
     "no heads": (lambda s: Ensemble(network(EncoderUNet), [], "mean_logit"), "at least one discriminator"),
@@ -150,9 +149,9 @@ CASES = {
     "negative learning rate": (lambda s: train(members=member(learning_rate=-1.0)), "discriminator m: .*learning_rate"),
     "learning rate NaN": (lambda s: train(members=member(learning_rate=NAN)), "discriminator m: .*learning_rate"),
     "negative weight decay": (lambda s: train(members=member(weight_decay=-1.0)), "discriminator m: .*weight_decay"),
-    "fewer images than asked for": (lambda s: jobs.discriminators(s, tiny.training(num_real=16), images(s)).ensure(), "16 real and 8 generated images: give as many"),
+    "fewer images than asked for": (lambda s: jobs.Trained(s, tiny.training(num_real=16), images(s)).ensure(), "16 real and 8 generated images: give as many"),
     "nothing held out": (lambda s: datasets.split_indices(np.zeros(9), 0, 2), "held_out_every 2"),
-    "unknown state": (lambda s: jobs.discriminators(s, tiny.training(num_real=16), jobs.image_set(s, tiny.sampling(), 16).ensure()).ensure().ensemble(state="first"),
+    "unknown state": (lambda s: jobs.Trained(s, tiny.training(num_real=16), jobs.ImageSet(s, tiny.sampling(), 16).ensure()).ensure().ensemble([0], state="first"),
                       "states are last, best, initial"),
     # data and weights
     "unknown dataset": (lambda s: datasets.load_dataset("mnist", "train"), "no dataset 'mnist' with split 'train'; there are:"),
@@ -181,7 +180,6 @@ CASES = {
     "scores of other seeds": (lambda s: tiny_scores(s, 0).minus(tiny_scores(s, 8)), "other seeds or spaces"),
     # records and artifacts
     "config with NaN": (lambda s: s.artifact("train", 1, {"rate": NAN}), "train.config.rate is nan"),
-    "step name": (lambda s: s.artifact("../train", 1, {}), "step name '../train'"),
     "result that is NaN": (lambda s: record(value=NAN), "result a is nan"),
     "result key": (lambda s: record(key="A b"), "result key 'A b'"),
     "interval upside down": (lambda s: record(value=metrics.Interval(1.0, 2.0, 1.0, 0.95, 0)), "is not .low, high."),
@@ -191,7 +189,7 @@ CASES = {
 
 
 def tiny_scores(store, first_seed):
-    arm = jobs.image_set(store, tiny.sampling(), 8, first_seed, label="arm").ensure()
+    arm = jobs.ImageSet(store, tiny.sampling(), 8, first_seed, label="arm").ensure()
     return jobs.Score(store, arm, jobs.RealSet("fashion_mnist", "test", 16), "tiny", 2).ensure()
 
 

@@ -77,8 +77,8 @@ def test_floor_is_other_images_than_the_reference():
 
 def test_what_changes_a_step_is_in_its_identity_and_what_is_at_its_default_is_not():
     sampling = jobs.Sampling("fashion-mnist-edm")
-    assert jobs.less_defaults(sampling) == {"score_network": "fashion-mnist-edm"}
-    assert jobs.less_defaults(replace(sampling, rho=5.0)).keys() == {"score_network", "rho"}
+    assert jobs.less_defaults(sampling) == {"score_network": "fashion-mnist-edm", "precision": sampling.precision}
+    assert jobs.less_defaults(replace(sampling, rho=5.0)).keys() == {"score_network", "precision", "rho"}
     guide = experiment().guide(six_discriminators(experiment()))
     identity = experiment().images("guided", guide).rows.artifact.identity
     assert identity["config"].keys() == {"score_network", "num_steps", "batch_size", "precision", "guidance"}

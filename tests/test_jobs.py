@@ -79,7 +79,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def trained(store):
-    return jobs.discriminators(store, training(), jobs.image_set(store, sampling(), 40).ensure()).ensure()
+    return jobs.Trained(store, training(), jobs.ImageSet(store, sampling(), 40).ensure()).ensure()
 
 
 def test_images_do_not_depend_on_the_batch_size(store, trained):
@@ -87,7 +87,7 @@ def test_images_do_not_depend_on_the_batch_size(store, trained):
     guidances = (None, jobs.Guidance(trained, (0, 1), "mean_probability", boosting="released"))
     for guidance in guidances:
         sets = [
-            jobs.image_set(store, sampling(batch_size=size, shard_size=size), 64, 100, guidance).images.astype(int)
+            jobs.ImageSet(store, sampling(batch_size=size, shard_size=size), 64, 100, guidance).images.astype(int)
             for size in (1, 7, 64)
         ]
         assert max(np.abs(a - sets[0]).max() for a in sets[1:]) <= 1
@@ -95,22 +95,22 @@ def test_images_do_not_depend_on_the_batch_size(store, trained):
 
 
 def test_second_run_hits_and_larger_sets_extend(store):
-    first = jobs.image_set(store, sampling(), 16).ensure().images
+    first = jobs.ImageSet(store, sampling(), 16).ensure().images
     store.lines.clear()
-    more = jobs.image_set(store, sampling(), 24).ensure().images
+    more = jobs.ImageSet(store, sampling(), 24).ensure().images
     assert np.array_equal(more[:16], first) and "2 of 3 shards stored" in store.lines[0]
     store.lines.clear()
-    jobs.image_set(store, sampling(), 24).ensure()
+    jobs.ImageSet(store, sampling(), 24).ensure()
     assert store.lines[0].startswith("HIT")
-    jobs.image_set(store, sampling(num_steps=5), 8).ensure()
+    jobs.ImageSet(store, sampling(num_steps=5), 8).ensure()
     assert "config.num_steps 4 -> 5" in store.lines[-1]
 
 
 def test_training_is_found_and_its_states_differ(store, trained):
-    again = jobs.discriminators(store, training(), trained.fakes).ensure()
+    again = jobs.Trained(store, training(), trained.fakes).ensure()
     assert store.lines[-1].startswith("HIT") and again.digest == trained.digest
     assert [len(h) for h in trained.history] == [2, 1]
-    one, both = trained.ensemble([0]), trained.ensemble()
+    one, both = trained.ensemble([0]), trained.ensemble([0, 1])
     x, t = torch.randn(3, 1, 32, 32), torch.tensor(0.1)
     assert torch.equal(one.logits(x, t)[0], both.logits(x, t)[0])
     assert not torch.equal(both.logits(x, t)[0], both.logits(x, t)[1])
@@ -129,12 +129,12 @@ def test_interrupted_training_goes_on_to_the_same_bits(store, trained, tmp_path,
         epochs.append(name)
         raise Killed
 
-    fakes, real = jobs.image_set(other, sampling(), 40).ensure(), Store.save_partial
+    fakes, real = jobs.ImageSet(other, sampling(), 40).ensure(), Store.save_partial
     monkeypatch.setattr(Store, "save_partial", killed_after_first_epoch)
     with pytest.raises(Killed):
-        jobs.discriminators(other, training(), fakes).ensure()
+        jobs.Trained(other, training(), fakes).ensure()
     monkeypatch.setattr(Store, "save_partial", real)
-    resumed = jobs.discriminators(other, training(), fakes).ensure()
+    resumed = jobs.Trained(other, training(), fakes).ensure()
     assert epochs and resumed.history == trained.history
     for key, value in trained._tensors.items():
         assert torch.equal(value, resumed._tensors[key]), key
@@ -150,9 +150,9 @@ def test_splits_are_balanced_and_held_out(store, trained):
 
 
 def test_scores_pair_equal_seeds_only(store):
-    a = jobs.image_set(store, sampling(), 40, label="a").ensure()
-    b = jobs.image_set(store, sampling(num_steps=3), 40, label="b").ensure()
-    other = jobs.image_set(store, sampling(), 40, first_seed=8, label="other seeds").ensure()
+    a = jobs.ImageSet(store, sampling(), 40, label="a").ensure()
+    b = jobs.ImageSet(store, sampling(num_steps=3), 40, label="b").ensure()
+    other = jobs.ImageSet(store, sampling(), 40, first_seed=8, label="other seeds").ensure()
     real = jobs.RealSet("fashion_mnist", "test", 60)
     scores = [jobs.Score(store, arm, real, "tiny", 20).ensure() for arm in (a, b, other)]
     interval = scores[1].minus(scores[0])
@@ -167,8 +167,8 @@ def test_scores_pair_equal_seeds_only(store):
 
 def guided_arm(store, n=40):
     """Images guided by discriminators, none of which exists yet."""
-    trained = jobs.discriminators(store, training(), jobs.image_set(store, sampling(), 40))
-    return jobs.image_set(store, sampling(), n, 100, jobs.Guidance(trained, (0, 1)))
+    trained = jobs.Trained(store, training(), jobs.ImageSet(store, sampling(), 40))
+    return jobs.ImageSet(store, sampling(), n, 100, jobs.Guidance(trained, (0, 1)))
 
 
 def test_nothing_is_made_before_it_is_asked_for_and_then_all_it_needs(store):
@@ -184,8 +184,8 @@ def test_damaged_discriminators_are_trained_again_before_they_are_used(store, tr
     heads = trained.artifact.path / "heads.safetensors"
     whole = heads.read_bytes()
     heads.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    again = jobs.discriminators(store, training(), jobs.image_set(store, sampling(), 40))
-    assert again.ensemble() and heads.read_bytes() == whole
+    again = jobs.Trained(store, training(), jobs.ImageSet(store, sampling(), 40))
+    assert again.ensemble([0]) and heads.read_bytes() == whole
     assert any(line.startswith("QUARANTINED") for line in store.lines)
 
 
@@ -219,12 +219,12 @@ def test_scores_in_the_store_come_before_those_that_are_kept(kept):
     content = store_module.read_kept(kept[0])
     for scores in content["scores"].values():
         scores["fd"]["value"] = 0.0
-    store_module.write_kept(kept[0], content["scores"], content["lineage"])
+    store_module.write_sealed(kept[0], content, 0)
     store, real = jobs.open_store("smoke"), jobs.RealSet("fashion_mnist", "test", 60)
     assert jobs.Score(store, guided_arm(store), real, "tiny", 20).ensure().fd.value == 0
     jobs.Score(store, guided_arm(store), real, "tiny", 20).artifact.ensure(
         lambda folder: (folder / "scores.json").write_text(json.dumps(content["scores"].popitem()[1] | {
-            "fd": {"value": 7.0, "draws": [7.0]}})) and None)
+            "fd": {"value": 7.0, "draws": [7.0]}})))
     assert jobs.Score(store, guided_arm(store), real, "tiny", 20).ensure().fd.value == 7
 
 
@@ -247,11 +247,11 @@ def test_no_scores_to_keep_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: jobs.image_set(s, sampling(batch_size=3), 4).ensure(), "not a multiple of batch_size"),
-        (lambda s: jobs.image_set(s, sampling(), 0).ensure(), "at least 1"),
-        (lambda s: jobs.image_set(s, sampling(num_steps=1), 8).ensure(), "num_steps >= 2"),
+        (lambda s: jobs.ImageSet(s, sampling(batch_size=3), 4).ensure(), "not a multiple of batch_size"),
+        (lambda s: jobs.ImageSet(s, sampling(), 0).ensure(), "at least 1"),
+        (lambda s: jobs.ImageSet(s, sampling(num_steps=1), 8).ensure(), "num_steps >= 2"),
         (lambda s: jobs.RealSet("fashion_mnist", "test", 20_000).images, "has 10000 test images"),
-        (lambda s: jobs.discriminators(s, training(num_real=16), jobs.image_set(s, sampling(), 8)).ensure(),
+        (lambda s: jobs.Trained(s, training(num_real=16), jobs.ImageSet(s, sampling(), 8)).ensure(),
          "as many of each"),
         (lambda s: jobs.features(s, jobs.RealSet("fashion_mnist", "test", 4), "efficientnet-b7"), "feature space"),
     ],
@@ -273,7 +273,7 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
         score = t.random_network(t.Denoiser, t.SCORE, 0)
         checkpoints.load_denoiser = lambda name: score
         checkpoints.weights_digest = lambda name: "weights of " + name
-        jobs.image_set(Store(sys.argv[1]), t.sampling(), 64).ensure()
+        jobs.ImageSet(Store(sys.argv[1]), t.sampling(), 64).ensure()
     """)
     victim = subprocess.Popen([sys.executable, "-c", script, tmp_path / "killed"], stderr=subprocess.DEVNULL)
     while not list((tmp_path / "killed").glob("generate/*/shard_00001")) and victim.poll() is None:
@@ -282,9 +282,9 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
     victim.wait()
     finished = len(list((tmp_path / "killed").glob("generate/*/shard_?????/manifest.json")))
     lines = []
-    resumed = jobs.image_set(Store(tmp_path / "killed", lines.append), sampling(), 64).ensure()
+    resumed = jobs.ImageSet(Store(tmp_path / "killed", lines.append), sampling(), 64).ensure()
     assert 2 <= finished < 8 and "of 8 shards stored" in lines[0], (finished, lines)
-    whole = jobs.image_set(Store(tmp_path / "whole", lines.append), sampling(), 64).ensure()
+    whole = jobs.ImageSet(Store(tmp_path / "whole", lines.append), sampling(), 64).ensure()
     assert np.array_equal(resumed.images, whole.images)
 
 
@@ -293,11 +293,11 @@ GOLDEN = os.path.join(os.path.dirname(__file__), "golden.json")
 
 def measured(store) -> dict:
     """A few numbers of every step at its present version, with tiny networks in float32."""
-    fakes = jobs.image_set(store, sampling(), 40).ensure()
+    fakes = jobs.ImageSet(store, sampling(), 40).ensure()
     # A rate at which training is not chaotic: weights off by 1e-5 of themselves, as by another machine's rounding,
     # move the second epoch's loss by 0.02 at a rate of 1e-2, by 2e-6 at 1e-3.
     members = (MemberConfig("a", 1e-3, 0.0, 2), MEMBERS[1])
-    trained = jobs.discriminators(store, training(members=members), fakes).ensure()
+    trained = jobs.Trained(store, training(members=members), fakes).ensure()
     # Untrained heads: training's last digits differ between machines, and the sampler would magnify them.
     guidance = jobs.Guidance(trained, (0, 1), "mean_probability", "initial", boosting="released")
     x = jobs.sample(sampling(), range(2), guidance)
@@ -308,7 +308,6 @@ def measured(store) -> dict:
         "train": [row["val_loss"] for history in trained.history for row in history],
         "logits": jobs.held_out_logits(store, trained, [0.1])[0].flatten()[:8].tolist(),
         "features": jobs.features(store, fakes, "tiny")[0].tolist(),
-        "statistics": [*(stats := jobs.statistics(store, fakes, "tiny")).mean, *stats.cov[0]],
         "evaluate": [scores.fd.value, scores.kid.value, *scores.fd.draws, *scores.manifold.values()],
     }
     return {step: {"version": jobs.VERSIONS[step], "values": values} for step, values in numbers.items()}
@@ -326,7 +325,7 @@ def test_numbers_change_only_with_their_version(store):
 
 
 def test_images_whose_features_are_not_finite_are_named_by_seed(store, monkeypatch):
-    images, extract = jobs.image_set(store, sampling(), 24, 100).ensure(), spaces.extract
+    images, extract = jobs.ImageSet(store, sampling(), 24, 100).ensure(), spaces.extract
     bad = images.images[[10, 17]]
 
     def spoilt(pixels, encode, *arguments, **options):

@@ -1,6 +1,6 @@
 """Words follow intervals, sentences and claims follow words."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 
 from dgutils.errors import UserError
 from dgutils.metrics import Resampled
-from dgutils.pipeline.jobs import ImageSet, RealSet, Scores
+from dgutils.pipeline.jobs import RealSet, Scores
 from dgutils.results.ledger import Ledger, excess, mean_of, over_trainings
 from dgutils.results.statements import direction, summary, verdict
 
@@ -31,16 +31,22 @@ def test_a_claim_gets_one_word(verdicts, word):
     assert summary(verdicts) == word
 
 
-class Rows:
+@dataclass
+class Arm:
     """A set of images that only has seeds."""
 
-    first_seed = 50
+    label: str
+    n: int
+
+    @property
+    def seeds(self):
+        return range(50, 50 + self.n)
 
 
 def scores(label, fd, kid, n=20):
     spread = np.linspace(-1, 1, 11)
     manifold = {"precision": fd / 10, "recall": 0.5, "density": 1.0, "coverage": 0.25}
-    return Scores(ImageSet(label, n, Rows()), "space", f"digest-{label}", Resampled(fd, fd + spread),
+    return Scores(Arm(label, n), "space", f"digest-{label}", Resampled(fd, fd + spread),
                   Resampled(kid, kid + spread * kid), manifold)
 
 

@@ -39,7 +39,6 @@ def numbers(folder):
     save_array(folder / "a.npy", np.arange(1000.0))
     (folder / "sub").mkdir()
     (folder / "sub" / "note.txt").write_text("hello")
-    return {"seed": 7}
 
 
 def forbidden(_):
@@ -107,16 +106,10 @@ def test_digest_of_n_rows_depends_on_n(store):
 
 @pytest.mark.parametrize("config, words", [
     ({"s_max": float("inf")}, "s_max is inf"), ({"a": {"b": float("nan")}}, r"a\.b is nan"),
-    ({"path": Path("x")}, "path is a"), ({"x": np.zeros(2)}, "x is a ndarray"), ({1: 2}, "config is a dict")])
+    ({"path": Path("x")}, "path is Posix"), ({"x": np.zeros(2)}, "x is array"), ({1: 2}, "config is {1: 2}, which")])
 def test_config_that_is_not_json_is_refused(store, config, words):
     with pytest.raises(UserError, match=words):
         store.artifact("generate", 1, config)
-
-
-@pytest.mark.parametrize("step", ["", "../up", "Generate", "a b"])
-def test_step_name_is_checked(store, step):
-    with pytest.raises(UserError, match="step name"):
-        store.artifact(step, 1, {})
 
 
 def test_digest_of_file(tmp_path):
@@ -134,8 +127,8 @@ def test_miss_computes_and_hit_does_not(store, lines):
     assert lines[0] == f"MISS train {artifact.digest[:16]} (member 1): nothing stored yet"
     assert (again.path / "sub" / "note.txt").read_text() == "hello"
     manifest = read_manifest(again.path)
-    assert manifest["extra"] == {"seed": 7} and set(manifest["files"]) == {"a.npy", "sub/note.txt"}
-    assert manifest["files"]["a.npy"] == {"sha256": digest_of_file(again.path / "a.npy"), "bytes": 8128}
+    assert set(manifest["files"]) == {"a.npy", "sub/note.txt"}
+    assert manifest["files"]["a.npy"] == {"sha256": digest_of_file(again.path / "a.npy")}
     assert {"created", "seconds", "device", "revision", "versions", "identity"} <= manifest.keys()
     assert sorted(path.name for path in store.root.iterdir()) == ["locks", "train"]
 
@@ -158,14 +151,14 @@ def test_miss_names_what_changed_against_the_closest(store, change, words):
         store.artifact("generate", version, {"nothing": "alike"}).ensure(numbers)
     store.artifact("generate", **base).ensure(numbers)
     store.artifact("train", **(base | change)).ensure(numbers)  # another step is never the closest
-    assert store.artifact("generate", **(base | change)).status() == (False, words)
+    assert store.artifact("generate", **(base | change)).lacks() == words
 
 
 def test_miss_names_a_member_of_a_list(store):
     members = [{"learning_rate": 3e-4, "epochs": 60}, {"learning_rate": 1e-3, "epochs": 40}]
     store.artifact("train", 1, {"members": members}).ensure(numbers)
     changed = store.artifact("train", 1, {"members": [members[0], members[1] | {"epochs": 41}]})
-    assert changed.status().reason == "config.members.1.epochs 40 -> 41"
+    assert changed.lacks() == "config.members.1.epochs 40 -> 41"
 
 
 @pytest.mark.parametrize("name", ["a.npy", "sub/note.txt", "manifest.json"])
@@ -175,11 +168,11 @@ def test_damaged_file_is_quarantined_and_computed_again(store, lines, damage, na
     digest = digest_of_file(artifact.path / "a.npy")
     damage(artifact.path / name)
     damaged = (artifact.path / name).read_bytes() if damage is not remove else None
-    assert not artifact.status().hit
+    assert artifact.lacks()
     store.artifact("train", 1, CONFIG).ensure(numbers)
     kept = store.root / "quarantine" / f"{artifact.name}.0" / name
     assert (kept.read_bytes() if kept.exists() else None) == damaged
-    assert digest_of_file(artifact.path / "a.npy") == digest and artifact.status().hit
+    assert digest_of_file(artifact.path / "a.npy") == digest and not artifact.lacks()
     assert sum(line.startswith("QUARANTINED") and Path(name).name in line for line in lines) == 1
 
 
@@ -200,7 +193,7 @@ def test_foreign_thing_in_an_artifacts_place_is_quarantined(store, lines, place)
     for path in (artifact.path, fakes.artifact.path / "shard_00000"):
         path.parent.mkdir(parents=True)
         place(path)
-    assert artifact.ensure(numbers).status().hit and len(fakes.ensure(5, rows_of, progress=False).load(5, "seed")) == 5
+    assert not artifact.ensure(numbers).lacks() and len(fakes.ensure(5, rows_of).load(5, "seed")) == 5
     assert sum(line.startswith("QUARANTINED") for line in lines) == 2
     assert all(path.is_symlink() or path.read_text() == "mine" for path in (store.root / "quarantine").iterdir())
 
@@ -210,7 +203,7 @@ def test_folder_in_a_files_place_is_quarantined(store, lines, blocked):
     path = store.artifact("train", 1, CONFIG).ensure(numbers).path / blocked
     path.unlink()
     path.mkdir()
-    assert store.artifact("train", 1, CONFIG).ensure(numbers).status().hit
+    assert not store.artifact("train", 1, CONFIG).ensure(numbers).lacks()
     assert any(line.startswith("QUARANTINED") and blocked in line for line in lines)
 
 
@@ -236,7 +229,7 @@ def test_artifact_of_another_identity_is_not_used(store):
     one = store.artifact("train", 1, CONFIG).ensure(numbers)
     two = store.artifact("train", 2, CONFIG)
     os.rename(one.path, two.path)
-    assert "another artifact's" in two.status().reason
+    assert "another artifact's" in two.lacks()
 
 
 def test_failing_step_leaves_nothing(store):
@@ -262,26 +255,26 @@ def test_rows_are_keyed_by_seed_and_a_larger_set_extends_a_smaller_one(store, li
     def fakes():
         return store.artifact("generate", 1, CONFIG).shards(10, first_seed=100)
 
-    fakes().ensure(15, compute, progress=False)
+    fakes().ensure(15, compute)
     first = fakes().load(15, "images")
     fakes().ensure(15, forbidden).ensure(3, forbidden)
-    assert fakes().status(35) == (False, "2 of 4 shards stored")
-    fakes().ensure(35, compute, progress=False)
+    assert fakes().lacks(35) == "2 of 4 shards stored"
+    fakes().ensure(35, compute)
     assert seeds == list(range(100, 140))
     assert np.array_equal(fakes().load(35, "images"), rows_of(range(100, 135))["images"])
     assert np.array_equal(fakes().load(15, "images"), first) and len(first) == 15
     digest = fakes().artifact.digest[:16]
     assert lines == [f"MISS generate {digest}: 15 rows, nothing stored yet",
-                     f"HIT generate {digest}: 15 rows, 2 of 2 shards stored",
-                     f"HIT generate {digest}: 3 rows, 1 of 1 shards stored",
+                     f"HIT generate {digest}: 15 rows",
+                     f"HIT generate {digest}: 3 rows",
                      f"MISS generate {digest}: 35 rows, 2 of 4 shards stored"]
-    assert store.artifact("generate", 2, CONFIG).shards(10, 100).status(5).reason == "version 1 -> 2"
+    assert store.artifact("generate", 2, CONFIG).shards(10, 100).lacks(5) == "version 1 -> 2"
 
 
 @pytest.mark.parametrize("damage", [flip_bit, truncate, empty, foreign, remove])
 def test_damaged_shard_is_quarantined_and_only_it_computed_again(store, lines, damage):
     fakes = store.artifact("generate", 1, CONFIG).shards(10)
-    fakes.ensure(30, rows_of, progress=False)
+    fakes.ensure(30, rows_of)
     before = fakes.load(30, "images")
     damage(fakes.artifact.path / "shard_00001" / "images.npy")
     computed = []
@@ -293,7 +286,7 @@ def test_damaged_shard_is_quarantined_and_only_it_computed_again(store, lines, d
     again = store.artifact("generate", 1, CONFIG).shards(10)
     with pytest.raises(UserError, match="shard_00001 is missing or damaged"):
         again.load(30, "images")
-    assert np.array_equal(again.ensure(30, compute, progress=False).load(30, "images"), before)
+    assert np.array_equal(again.ensure(30, compute).load(30, "images"), before)
     assert computed == [range(10, 20)]
     assert any(line.startswith("QUARANTINED") and "images.npy" in line for line in lines)
     assert (store.root / "quarantine" / f"{fakes.artifact.name}-shard_00001.0" / "seed.npy").exists()
@@ -301,14 +294,14 @@ def test_damaged_shard_is_quarantined_and_only_it_computed_again(store, lines, d
 
 def test_shard_in_another_shards_place_is_not_used(store):
     fakes = store.artifact("generate", 1, CONFIG).shards(10)
-    fakes.ensure(20, rows_of, progress=False)
+    fakes.ensure(20, rows_of)
     before = fakes.load(20, "seed")
     zero, one, aside = (fakes.artifact.path / name for name in ("shard_00000", "shard_00001", "aside"))
     for old, new in ((zero, aside), (one, zero), (aside, one)):
         os.rename(old, new)
     again = store.artifact("generate", 1, CONFIG).shards(10)
-    assert not again.status(20).hit
-    assert np.array_equal(again.ensure(20, rows_of, progress=False).load(20, "seed"), before)
+    assert again.lacks(20)
+    assert np.array_equal(again.ensure(20, rows_of).load(20, "seed"), before)
 
 
 @pytest.mark.parametrize("compute, error", [
@@ -316,13 +309,11 @@ def test_shard_in_another_shards_place_is_not_used(store):
     (lambda seeds: {"images": np.array([{}] * 10)}, "Object arrays")])
 def test_wrong_rows_are_refused(store, compute, error):
     with pytest.raises(ValueError, match=error):
-        store.artifact("generate", 1, CONFIG).shards(10).ensure(5, compute, progress=False)
+        store.artifact("generate", 1, CONFIG).shards(10).ensure(5, compute)
 
 
-def test_wrong_counts_and_names_are_refused(store):
-    fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(5, rows_of, progress=False)
-    with pytest.raises(UserError, match="no array named 'labels'"):
-        fakes.load(5, "labels")
+def test_wrong_counts_are_refused(store):
+    fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(5, rows_of)
     with pytest.raises(UserError, match="at least 1"):
         fakes.load(0, "images")
     with pytest.raises(UserError, match="shard size 0"):
@@ -364,8 +355,8 @@ def test_what_is_not_stored_is_never_a_hit(one, other):
     with tempfile.TemporaryDirectory() as root:
         store = Store(root, lambda line: None)
         store.artifact("train", 1, {"x": one}).ensure(lambda folder: None)
-        hit, reason = store.artifact("train", 1, {"x": other}).status()
-        assert hit == (canonical_json(one) == canonical_json(other)) and not (hit and reason)
+        lacks = store.artifact("train", 1, {"x": other}).lacks()
+        assert bool(lacks) == (canonical_json(one) != canonical_json(other))
 
 
 def meaning(name, content):
@@ -390,9 +381,9 @@ def test_any_change_of_any_byte_is_found(name, where, change):
                    whole[at:] + before][change]
         path.write_bytes(changed)
         same = meaning(name, changed) == meaning(name, whole)
-        assert artifact.status().hit == same
+        assert bool(artifact.lacks()) != same
         artifact.ensure(numbers)
-        assert artifact.status().hit and len(list(Path(root).glob("quarantine/*"))) == (not same)
+        assert not artifact.lacks() and len(list(Path(root).glob("quarantine/*"))) == (not same)
 
 
 class SetOfRows(RuleBasedStateMachine):
@@ -412,7 +403,7 @@ class SetOfRows(RuleBasedStateMachine):
     @rule(n=st.integers(1, 30))
     def ask(self, n):
         self.computed.clear()
-        self.rows.ensure(n, self.compute, progress=False)
+        self.rows.ensure(n, self.compute)
         wanted = set(range(-(-n // self.size)))
         assert set(self.computed) == wanted - self.whole and len(self.computed) == len(set(self.computed))
         self.whole |= wanted
@@ -436,7 +427,7 @@ class SetOfRows(RuleBasedStateMachine):
     def nothing_is_deleted(self):
         if hasattr(self, "folder"):
             moved = len(list(self.store.root.glob("quarantine/*")))
-            waiting = sum(not part.status().hit and part.path.exists() for part in self.rows.parts(30))
+            waiting = sum(bool(part.lacks()) and part.path.exists() for part in self.rows.parts(30))
             assert moved + waiting == self.quarantined
 
     def teardown(self):
@@ -474,7 +465,7 @@ def compute(seeds):
     if kill_at == 100 and seeds[0] == 10:
         os._exit(9)              # in the middle of computing
     return {"images": np.array([np.random.default_rng(seed).bytes(64) for seed in seeds])}
-Store(root).artifact("generate", 1, {}).shards(10).ensure(40, compute, progress=False).load(40, "images")
+Store(root).artifact("generate", 1, {}).shards(10).ensure(40, compute).load(40, "images")
 """
 
 
@@ -489,9 +480,9 @@ def test_resumes_after_a_kill_with_the_same_bytes(tmp_path, kill_at):
         return {"images": np.array([np.random.default_rng(seed).bytes(64) for seed in seeds])}
 
     sets = [Store(tmp_path / root).artifact("generate", 1, {}).shards(10) for root in ("a", "b")]
-    sets[0].ensure(40, compute, progress=False)
+    sets[0].ensure(40, compute)
     assert calls == list(range({1: 0, 3: 20, -2: 20, 100: 10}[kill_at], 40, 10))
-    sets[1].ensure(40, compute, progress=False)
+    sets[1].ensure(40, compute)
     arrays = [sorted(shards.artifact.path.rglob("*.npy")) for shards in sets]
     assert [path.read_bytes() for path in arrays[0]] == [path.read_bytes() for path in arrays[1]]
     assert len(arrays[0]) == 4 and not list(tmp_path.rglob("*.tmp"))
@@ -548,7 +539,7 @@ def test_where_the_file_system_has_no_locks_two_still_take_turns(tmp_path, monke
 def test_unwritable_root_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("in the way")  # permissions would not stop root; a file does
     root = tmp_path / "file" / "runs"
-    for use in (lambda a: a.ensure(numbers), lambda a: a.shards(10).ensure(5, rows_of, progress=False)):
+    for use in (lambda a: a.ensure(numbers), lambda a: a.shards(10).ensure(5, rows_of)):
         with pytest.raises(UserError, match=f"cannot read and write under {root} .*not a directory") as error:
             use(Store(root, log=lambda line: None).artifact("train", 1, {}))
         assert "\n" not in str(error.value)
@@ -585,11 +576,11 @@ def test_full_disk_is_one_clear_line_and_what_was_done_stays(store, monkeypatch,
     def full(path):
         raise error
 
-    fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(10, rows_of, progress=False)
+    fakes = store.artifact("generate", 1, CONFIG).shards(10).ensure(10, rows_of)
     with monkeypatch.context() as patch:
         patch.setattr("dgutils.files.sync", full)
         with pytest.raises(UserError, match="no space left under"):
-            fakes.ensure(20, rows_of, progress=False)
+            fakes.ensure(20, rows_of)
     assert [path.name for path in fakes.artifact.path.iterdir()] == ["shard_00000"]
     assert len(fakes.load(10, "images")) == 10
 

@@ -52,7 +52,7 @@ def test_damaged_training_checkpoint_is_quarantined_and_training_begins_again(tm
     tiny.use_tiny_networks(monkeypatch)
     lines = []
     store = Store(tmp_path, lines.append)
-    fakes, save = jobs.image_set(store, tiny.sampling(), 40).ensure(), Store.save_partial
+    fakes, save = jobs.ImageSet(store, tiny.sampling(), 40).ensure(), Store.save_partial
 
     def killed(store, name, data):
         save(store, name, data)
@@ -60,15 +60,15 @@ def test_damaged_training_checkpoint_is_quarantined_and_training_begins_again(tm
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Store, "save_partial", killed)
-        jobs.discriminators(store, tiny.training(), fakes).ensure()
+        jobs.Trained(store, tiny.training(), fakes).ensure()
     (checkpoint,) = (tmp_path / "partial").iterdir()
     damaged = damage(checkpoint.read_bytes())
     checkpoint.write_bytes(damaged)
-    trained = jobs.discriminators(store, tiny.training(), fakes).ensure()
+    trained = jobs.Trained(store, tiny.training(), fakes).ensure()
     assert sum("QUARANTINED train-" in line and "beginning it again" in line for line in lines) == 1
     assert [path.read_bytes() for path in (tmp_path / "quarantine").iterdir()] == [damaged]
     whole = Store(tmp_path / "whole", lines.append)
-    again = jobs.discriminators(whole, tiny.training(), jobs.image_set(whole, tiny.sampling(), 40).ensure()).ensure()
+    again = jobs.Trained(whole, tiny.training(), jobs.ImageSet(whole, tiny.sampling(), 40).ensure()).ensure()
     assert digest_of_file(trained.artifact.path / "heads.safetensors") == \
         digest_of_file(again.artifact.path / "heads.safetensors")
 
@@ -119,7 +119,7 @@ WRITERS = {
     "array": compute(lambda folder: save_array(folder / "x.npy", ROWS)),
     "numpy": compute(lambda folder: np.save(folder / "x.npy", ROWS)),
     "tensors": compute(lambda folder: checkpoints.write_tensors(folder / "x", {"x": torch.zeros(20_000)}, {})),
-    "text": compute(lambda folder: (folder / "x").write_text("x" * 80_000) and None),
+    "text": compute(lambda folder: (folder / "x").write_text("x" * 80_000)),
     "checkpoint": compute(lambda folder: Store(folder.parents[1]).save_partial("x", bytes(80_000))),
     "shards": lambda disk: Store(disk / "store").artifact("rows", 1, {}).shards(10).ensure(25, lambda _: {"x": ROWS}),
     "results": record,
@@ -136,7 +136,7 @@ def test_full_disk_is_one_line_and_what_is_done_stays(small_disk, writer):
                                         " is kept$"):
         writer(small_disk)
     (small_disk / "ballast").unlink()
-    assert done.status().hit
+    assert not done.lacks()
     writer(small_disk)
     left = [path.name for path in small_disk.rglob("*") if ".tmp" in path.name or path.name == "quarantine"]
     assert left == []
@@ -180,7 +180,7 @@ if when == "before":
 if when == "unreadable":
     next(root.rglob("*.npy")).chmod(0)
 try:
-    fakes = Store(root / "store").artifact("generate", 1, {{}}).shards(10).ensure(40, rows, progress=False)
+    fakes = Store(root / "store").artifact("generate", 1, {{}}).shards(10).ensure(40, rows)
     print("done", fakes.load(40, "x").sum())
 except ValueError as error:
     print(error)
@@ -231,9 +231,9 @@ def counted(artifact, make, write=Artifact.write):
     write(artifact, make)
 Artifact.write = counted
 store = Store(sys.argv[1] + "/store")
-fakes = jobs.image_set(store, tiny.sampling(), 40).ensure()
-trained = jobs.discriminators(store, tiny.training(), fakes).ensure()
-guided = jobs.image_set(store, tiny.sampling(), 40, 0, jobs.Guidance(trained, (0, 1))).ensure()
+fakes = jobs.ImageSet(store, tiny.sampling(), 40).ensure()
+trained = jobs.Trained(store, tiny.training(), fakes).ensure()
+guided = jobs.ImageSet(store, tiny.sampling(), 40, 0, jobs.Guidance(trained, (0, 1))).ensure()
 scores = jobs.Score(store, guided, jobs.RealSet("fashion_mnist", "test", 100), "tiny", 5).ensure()
 for _ in range(20):
     recorder = blank_ledger("smoke", "01_demo", sys.argv[1])

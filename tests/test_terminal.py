@@ -110,7 +110,7 @@ def test_what_is_damaged_is_said_and_noted(clone, capsys):
 
 def test_a_log_that_cannot_be_written_stops_nothing(clone):
     (clone / "runs/smoke/log").mkdir(parents=True)
-    assert make(jobs.open_store("smoke"), 0).status().hit
+    assert not make(jobs.open_store("smoke"), 0).lacks()
 
 
 def test_a_run_ends_with_tables_sentences_and_places(clone, capsys):

@@ -28,7 +28,7 @@ def clone(tmp_path, monkeypatch):
     store = Store(tmp_path / "runs/smoke/store")
     images = store.artifact("generate", 3, {"score_network": "net"}, {"score_network": "cd" * 32}, "unguided sampling")
     images = images.shards(20, 7)  # 40 rows lie in two of the three
-    images.ensure(60, lambda seeds: {"images": np.zeros((len(seeds), 2))}, progress=False)
+    images.ensure(60, lambda seeds: {"images": np.zeros((len(seeds), 2))})
     scores = store.artifact("evaluate", 2, {}, {"arm": images.digest(40)}, "scores")
     scores.ensure(lambda folder: (folder / "scores.txt").write_text("1") and None)
     figures_dir("smoke").mkdir(parents=True)

@@ -72,7 +72,7 @@ def _images(arms: list[ImageSet | RealSet], scores: dict[str, list[Score]]) -> S
         cost = {"score": count * evaluations * (2 if sampling.cfg_network else 1),
                 "gradients" if several else "gradient": count * _guided_steps(sampling, guide)}
         disk = count * math.prod(checkpoints.image_shape(sampling.score_network))
-        missing.append(arm.rows.status(arm.n).reason)
+        missing.append(arm.rows.lacks(arm.n))
     for part in arms:
         for space, store in {score.space: score.store for score in scores.get(part.digest, [])}.items():
             rows = jobs.feature_rows(store, part, space)
@@ -84,12 +84,12 @@ def _images(arms: list[ImageSet | RealSet], scores: dict[str, list[Score]]) -> S
 
 
 def _training(trained: Trained) -> Step:
-    status, config = trained.artifact.status(), trained.config
+    lacks, config = trained.artifact.lacks(), trained.config
     images = 2 * config.num_real * (config.held_out_every - 2) // config.held_out_every
     epochs = ", ".join(f"{member.name} {member.epochs}" for member in config.members)
-    label = f"training: {trained.artifact.label}, {epochs} epochs"
-    return Step(label, images) if status.hit else Step(
-        label, images, (status.reason,), train=images * sum(member.epochs for member in config.members))
+    label = f"training: {trained.label}, {epochs} epochs"
+    return Step(label, images, (lacks,), train=images * sum(member.epochs for member in config.members)) \
+        if lacks else Step(label, images)
 
 
 def steps(declared: Declared) -> list[Step]:

@@ -20,52 +20,52 @@ def sources(begin: str | tuple[str, ...] = "") -> list[Path]:
     folder = repo_root() / "notebooks"
     every = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not (found := [path for path in every if path.stem.startswith(begin)]):
-        wanted = " or ".join([begin] if isinstance(begin, str) else begin)
-        raise UserError(f"no notebook begins with {wanted}: there are "
-                        f"{', '.join(path.stem for path in every) or 'none'} in {folder}")
+        wanted = begin if isinstance(begin, str) else " or ".join(begin)
+        there = ", ".join(path.stem for path in every) or "none"
+        raise UserError(f"no notebook begins with {wanted}: there are {there} in {folder}")
     return found
-
-
-def _place(path: Path, number: int) -> str:
-    return f"notebooks/{path.name}, cell {number}"
 
 
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook, whose cell of parameters declares names of `Parameters`, by literals. Raises UserError if not."""
+    name, content = f"notebooks/{path.name}", path.read_bytes()
+    if marked := re.search(rb"^(<{7} |={7}$|>{7} )", content, re.M):
+        line = content.count(b"\n", 0, marked.start()) + 1
+        raise UserError(f"{name}, line {line}: a conflict marker of git: finish the merge first")
     try:
-        text = path.read_bytes().decode()
-        if marked := re.search(r"^(<{7} |={7}$|>{7} )", text, re.M):
-            line = text.count("\n", 0, marked.start()) + 1
-            raise UserError(f"notebooks/{path.name}, line {line}: a conflict marker of git: finish the merge first")
-        notebook = nbformat.reads(text, as_version=4)
-    except UserError:
-        raise
+        notebook = nbformat.reads(content.decode(), as_version=4)
     except Exception as error:  # nbformat has many of its own
-        raise UserError(f"notebooks/{path.name} is no notebook: {str(error).strip().splitlines()[0]}: restore it with "
-                        "git") from error
-    tagged = [(n, cell) for n, cell in enumerate(notebook.cells, 1) if "parameters" in cell.metadata.get("tags", [])]
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is no notebook: {first}: restore it with git") from error
+    tagged = _tagged(path, notebook, {"parameters"})
     if len(tagged) != 1:
-        raise UserError(f"notebooks/{path.name} has {len(tagged)} cells with the tag `parameters`: give it to one, in "
-                        "JupyterLab's property inspector")
-    number, cell = tagged[0]
-    for line in _parsed(path, number, cell.source).body:
-        name = getattr(getattr(line, "target", None) or getattr(line, "targets", [None])[0], "id", None)
+        raise UserError(f"{name} has {len(tagged)} cells with the tag `parameters`: give it to one, in JupyterLab's "
+                        "property inspector")
+    for line in tagged[0][1].body:
+        declared = getattr(getattr(line, "target", None) or getattr(line, "targets", [None])[0], "id", None)
         try:
             ast.literal_eval(line.value)
         except (AttributeError, ValueError, TypeError):
-            name = None
-        if name not in Parameters.model_fields:
-            raise UserError(f"{_place(path, number)}: {ast.unparse(line)[:60]!r}: write `name: type = value` only, a "
-                            "known parameter and a plain value")
+            declared = None
+        if declared not in Parameters.model_fields:
+            raise UserError(f"{tagged[0][0]}: {ast.unparse(line)[:60]!r}: write `name: type = value` only, a known "
+                            "parameter and a plain value")
     return notebook
 
 
-def _parsed(path: Path, number: int, source: str) -> ast.Module:
-    try:
-        return ast.parse(source, f"{path.name}, cell {number}")
-    except SyntaxError as error:
-        line = (source.splitlines() or [""])[(error.lineno or 1) - 1].strip()
-        raise UserError(f"{_place(path, number)}: {line[:60]!r} is not Python (no magics here): {error.msg}") from error
+def _tagged(path: Path, notebook: nbformat.NotebookNode, tags: set[str]) -> list[tuple[str, ast.Module, set[str]]]:
+    """(place, code, tags) of the code cells that have one of these tags."""
+    found = []
+    for number, cell in enumerate(notebook.cells, 1):
+        place, own = f"notebooks/{path.name}, cell {number}", tags & set(cell.metadata.get("tags", []))
+        if cell.cell_type != "code" or not own:
+            continue
+        try:
+            found.append((place, ast.parse(cell.source, place), own))
+        except SyntaxError as error:
+            line = (cell.source.splitlines() or [""])[(error.lineno or 1) - 1].strip()
+            raise UserError(f"{place}: {line[:60]!r} is not Python (no magics here): {error.msg}") from error
+    return found
 
 
 def experiment_of(path: Path, values: Mapping[str, Any]):
@@ -74,18 +74,14 @@ def experiment_of(path: Path, values: Mapping[str, Any]):
     values: parameters that are set instead of the profile's. Raises UserError naming the cell that fails.
     """
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for number, cell in enumerate(read(path).cells, 1):
-        tags = cell.metadata.get("tags", [])
-        if cell.cell_type != "code" or not {"parameters", *DECLARING} & set(tags):
-            continue
-        code = compile(_parsed(path, number, cell.source), f"{path.name}, cell {number}", "exec")
+    for place, code, tags in _tagged(path, read(path), {"parameters", *DECLARING}):
         try:
-            exec(code, namespace)
+            exec(compile(code, place, "exec"), namespace)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{_place(path, number)}: {type(error).__name__}: {error} (cells with the tag "
-                            f"{' or '.join(DECLARING)} may use each other only)") from error
+            raise UserError(f"{place}: {type(error).__name__}: {error} (cells with the tag {' or '.join(DECLARING)} "
+                            "may use each other only)") from error
         if "parameters" in tags:
             namespace |= values
     if "experiment" not in namespace:

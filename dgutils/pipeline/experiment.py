@@ -4,8 +4,6 @@ Nothing is drawn or trained by naming it. `work` and `plan`, which run a noteboo
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from dgutils import datasets
@@ -14,7 +12,6 @@ from dgutils.networks.checkpoints import head_config
 from dgutils.pipeline import jobs
 from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Score, Scores, Trained, Training
 from dgutils.pipeline.parameters import Parameters, load
-from dgutils.pipeline.store import Store
 
 # The faults of the study's ensemble (`faulty_ensemble`), in words.
 FAULTS = {
@@ -30,59 +27,61 @@ WRONG_SLOT, WRONG_MEMBER, WRONG_EPOCH = 3, 1, 15  # the wrong file: its slot, an
 
 
 class Experiment:
-    """One notebook's parameters and store, and what it declares: `scored`, and what is made without being scored."""
+    """One notebook's parameters and store, and what it declares: `scored`, and what is made without being scored.
+
+    reference: the real images that arms are scored against. floor: other real images, test images, as many as an arm
+    has or there are: what a perfect sampler would score.
+    """
 
     def __init__(self, namespace: Mapping[str, Any], notebook: str = "notebook"):
         """namespace: where the parameters are, `globals()` in a notebook; what is None there is the profile's."""
         said = {name: namespace[name] for name in Parameters.model_fields if namespace.get(name) is not None}
-        self.parameters = load(said.pop("profile", None) or "quick", said, f"notebook {notebook}")
-        self.notebook = notebook
+        self.parameters = p = load(said.pop("profile", None) or "quick", said, f"notebook {notebook}")
+        self.notebook, self.store = notebook, jobs.open_store(p.profile)
+        self.reference = self.real(p.reference_split)
+        self.floor = self.real("test", p.num_eval, p.num_reference if p.reference_split == "test" else 0)
         self.scored: list[Score] = []
         self.made: list[ImageSet | Trained] = []
         self.sampling(), self.training(), self.guide(None)  # what is impossible is said now, not hours later
-
-    @cached_property
-    def store(self) -> Store:
-        """The artifacts of the profile."""
-        return jobs.open_store(self.parameters.profile)
 
     # --- how images are drawn and discriminators trained: the profile's settings, with changes
 
     def sampling(self, **changes) -> Sampling:
         """Table 2's schedule; `changes` replaces fields of Sampling."""
-        p = self.parameters
-        return replace(Sampling(p.score_network, p.num_steps, p.sigma_min, p.sigma_max, p.rho, p.batch_size,
-                                p.shard_size, p.precision), **changes)  # fmt: skip
+        shared = "score_network", "num_steps", "sigma_min", "sigma_max", "rho", "batch_size", "shard_size", "precision"
+        return Sampling(**{name: getattr(self.parameters, name) for name in shared} | changes)
 
     def training(self, epoch_scale: float | None = None, **changes) -> Training:
         """Table 1, its epochs times the profile's epoch_scale or this one; `changes` replaces fields of Training."""
         p = self.parameters
         columns = zip(p.member_names, p.learning_rates, p.weight_decays, p.epochs, p.min_times, strict=True)
         members = tuple(MemberConfig(name, rate, decay, max(1, round(epochs * (epoch_scale or p.epoch_scale))), time)
-                        for name, rate, decay, epochs, time in columns)  # fmt: skip
+                        for name, rate, decay, epochs, time in columns)
         head = head_config(p.feature_extractor, p.head_width, p.head_blocks, p.head_channels)
-        return replace(Training(p.dataset, p.feature_extractor, head, members, p.num_fake, p.discriminator_batch_size,
-                                p.training_seed, p.sequential, p.precision, p.held_out_every,
-                                parts=p.training_parts), **changes)  # fmt: skip
+        settings = dict(
+            dataset=p.dataset, feature_extractor=p.feature_extractor, head=head, members=members, num_real=p.num_fake,
+            batch_size=p.discriminator_batch_size, seed=p.training_seed, sequential=p.sequential, precision=p.precision,
+            held_out_every=p.held_out_every, parts=p.training_parts)
+        return Training(**settings | changes)
 
     def guide(self, discriminators, members: Iterable = (0,), rule: str = "mean_logit", **changes) -> Guidance:
         """Table 2's guidance by these members; `changes` replaces fields of Guidance (weight_1st_order=...)."""
         p = self.parameters
         settings = dict(weight_1st_order=p.dg_weight_1st_order, weight_2nd_order=p.dg_weight_2nd_order,
                         time_min=p.time_min, time_max=p.time_max, boosting=p.boosting, log_ratio=p.log_ratio)
-        return Guidance(discriminators, tuple(members), rule, **(settings | changes))
+        return Guidance(discriminators, tuple(members), rule, **settings | changes)
 
     # --- what there is to compare
 
     def images(self, label: str, guide: Guidance | None = None, n: int | None = None, block: int = 0,
-               **sampling) -> ImageSet:  # fmt: skip
+               **sampling) -> ImageSet:
         """Images of the evaluation seeds, the same in every arm: num_eval of them, or the first n.
 
         Block b has the seeds from eval_seed + b num_eval on; `sampling` replaces fields of Sampling.
         """
         p = self.parameters
-        return jobs.image_set(self.store, self.sampling(**sampling), n or p.num_eval, p.eval_seed + block * p.num_eval,
-                              guide, label)  # fmt: skip
+        return ImageSet(self.store, self.sampling(**sampling), n or p.num_eval, p.eval_seed + block * p.num_eval,
+                        guide, label)
 
     def unguided_as(self, arm: ImageSet) -> ImageSet:
         """What guidance in an arm is to be compared with: as many unguided images, of as many steps."""
@@ -92,30 +91,19 @@ class Experiment:
 
     def real(self, split: str, n: int | None = None, start: int = 0) -> RealSet:
         """n real images of a split (default: as many as the reference has, or there are) from number `start` on."""
-        there = datasets.TEST_IMAGES - start if split == "test" else None
         n = n or self.parameters.num_reference
-        return RealSet(self.parameters.dataset, split, min(n, there) if there else n, start)
-
-    @property
-    def reference(self) -> RealSet:
-        """The real images that arms are scored against."""
-        return self.real(self.parameters.reference_split)
-
-    @property
-    def floor(self) -> RealSet:
-        """Other real images, test images, as many as an arm has or there are: what a perfect sampler would score."""
-        p = self.parameters
-        return self.real("test", p.num_eval, p.num_reference if p.reference_split == "test" else 0)
+        n = min(n, datasets.TEST_IMAGES - start) if split == "test" else n
+        return RealSet(self.parameters.dataset, split, n, start)
 
     def discriminators(self, label: str, training: Training, fakes: ImageSet,
-                       better: ImageSet | None = None) -> Trained:  # fmt: skip
+                       better: ImageSet | None = None) -> Trained:
         """Discriminators that learn to tell generated images from as many real ones, or from `better` ones."""
-        return jobs.discriminators(self.store, training, fakes, label, better)
+        return Trained(self.store, training, fakes, label, better)
 
     # --- what is to be made
 
     def declare(self, arms: Mapping[str, Any], spaces: Iterable[str] | None = None,
-                reference: RealSet | None = None) -> None:  # fmt: skip
+                reference: RealSet | None = None) -> None:
         """Say what this notebook will use: image sets, to be scored, and discriminators, to be trained.
 
         arms: name -> an image set, discriminators, or a list of them. spaces: in which feature spaces they are scored
@@ -141,7 +129,7 @@ def fake_set(experiment: Experiment, **sampling) -> ImageSet:
     """The generated images that discriminators learn from: num_fake unguided ones, from fake_seed on."""
     p = experiment.parameters
     label = "fake set" + (f" of {sampling['num_steps']} steps" if "num_steps" in sampling else "")
-    return jobs.image_set(experiment.store, experiment.sampling(**sampling), p.num_fake, p.fake_seed, label=label)
+    return ImageSet(experiment.store, experiment.sampling(**sampling), p.num_fake, p.fake_seed, label=label)
 
 
 def six_discriminators(experiment: Experiment, label: str = "six discriminators", **changes) -> Trained:
@@ -160,7 +148,7 @@ def wrong_state(experiment: Experiment) -> tuple[int, int]:
 
 
 def faulty_ensemble(experiment: Experiment, faults: Iterable[str], label: str, n: int | None = None,
-                    repeat: int = 0) -> ImageSet:  # fmt: skip
+                    repeat: int = 0) -> ImageSet:
     """Images guided by the study's ensemble with some of FAULTS; without any, by the mean probability of its members.
 
     repeat: which training, of other seeds; the images' seeds are the same.
@@ -169,25 +157,27 @@ def faulty_ensemble(experiment: Experiment, faults: Iterable[str], label: str, n
     batch = as_run.discriminator_batch_size if "batch_size" in faults else p.discriminator_batch_size
     kind = "one network, six settings" if "sequential" in faults else "six discriminators"
     trained = six_discriminators(experiment, f"{kind}, batches of {batch}, training {repeat + 1}", batch_size=batch,
-                                 sequential="sequential" in faults, seed=p.training_seed + repeat)  # fmt: skip
+                                 sequential="sequential" in faults, seed=p.training_seed + repeat)
     members: list = list(range(len(p.member_names)))
     if "wrong_file" in faults:
         members[WRONG_SLOT] = wrong_state(experiment)
     rule = "raw_logits_as_probabilities" if "raw_logits" in faults else "mean_probability"
     guide = experiment.guide(trained, members, rule, state="last" if "last_epoch" in faults else "best",
-                             boosting=as_run.boosting if "boosting" in faults else p.boosting)  # fmt: skip
+                             boosting=as_run.boosting if "boosting" in faults else p.boosting)
     return experiment.images(label, guide, n, num_steps=as_run.num_steps if "steps" in faults else p.num_steps)
 
 
 def key_arms(experiment: Experiment) -> dict[str, list[ImageSet]]:
     """The arms that stand over several trainings, num_key images each: one discriminator, correct ensemble, as run."""
-    p = experiment.parameters
-    arms: dict[str, list[ImageSet]] = {"paper": [], "correct": [], "as_run": []}
-    for repeat in range(p.repeats):
+    p, repeats = experiment.parameters, range(experiment.parameters.repeats)
+
+    def paper(repeat: int) -> ImageSet:
         label = f"training {repeat + 1}"
         trained = six_discriminators(experiment, f"six discriminators, {label}", seed=p.training_seed + repeat)
-        guide = experiment.guide(trained, state="best")
-        arms["paper"].append(experiment.images(f"Paper, {label}", guide, p.num_key))
-        for name, faults in (("correct", []), ("as_run", p.ladder)):
-            arms[name].append(faulty_ensemble(experiment, faults, f"{name}, {label}", p.num_key, repeat))
-    return arms
+        return experiment.images(f"Paper, {label}", experiment.guide(trained, state="best"), p.num_key)
+
+    def ensembles(name: str, faults: Iterable[str]) -> list[ImageSet]:
+        return [faulty_ensemble(experiment, faults, f"{name}, training {i + 1}", p.num_key, i) for i in repeats]
+
+    return {"paper": [paper(i) for i in repeats], "correct": ensembles("correct", []),
+            "as_run": ensembles("as_run", p.ladder)}

@@ -14,16 +14,15 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -37,23 +36,19 @@ from dgutils.terminal import bar
 
 
 def plain(value: Any, where: str = "config") -> Any:
-    """The JSON form of a value, one form per meaning: 2.0 becomes 2, tuples lists, NumPy scalars numbers.
+    """The JSON form of a value, one form per meaning: 2.0 becomes 2, tuples lists.
 
     Raises UserError for what JSON cannot hold (NaN, infinities, paths, arrays), naming its place.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where} is {value}, which JSON cannot hold; use null for 'no limit'")
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if value is None or isinstance(value, str | bool | int | float):
+    if value is None or isinstance(value, str | bool | int) or isinstance(value, float) and math.isfinite(value):
         return value
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}.{i}") for i, item in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
-    raise UserError(f"{where} is a {type(value).__name__}, which JSON cannot hold; use numbers, text, lists")
+    raise UserError(f"{where} is {value!r:.40}, which JSON cannot hold; use numbers, text, lists, null for 'no limit'")
 
 
 def canonical_json(value: Any) -> str:
@@ -66,35 +61,25 @@ def digest_of_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts, and lists of dicts, as one dict with dotted keys."""
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, dict) or not value and prefix:
-        return {prefix: value}
-    return {key: leaf for name, item in value.items()
-            for key, leaf in flatten(item, f"{prefix}.{name}" if prefix else name).items()}
+ABSENT = "(absent)"
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Each place where two identities differ, as 'config.num_steps 18 -> 35'."""
-    def told(values, key):
-        if key not in values:
-            return "(absent)"
-        return values[key][:8] if key.startswith("inputs.") else json.dumps(values[key])
-
-    old, new = flatten(old), flatten(new)
-    return [f"{key} {told(old, key)} -> {told(new, key)}" for key in sorted(old | new)
-            if key not in old or key not in new or old[key] != new[key]]
+    if isinstance(old, list) and isinstance(new, list) and all(isinstance(item, dict) for item in old + new):
+        old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in sorted(old | new) for line in differences(
+            old.get(key, ABSENT), new.get(key, ABSENT), f"{where}.{key}" if where else key)]
+    texts = [json.dumps(value, sort_keys=True) for value in (old, new)]
+    if texts[0] == texts[1]:
+        return []
+    shown = [value[:8] if where.startswith("inputs.") else ABSENT if value == ABSENT else text
+             for value, text in zip((old, new), texts, strict=True)]
+    return [f"{where} {shown[0]} -> {shown[1]}"]
 
 
 # --- the store
-
-
-class Status(NamedTuple):
-    """Whether an artifact is there, and if not, why not."""
-    hit: bool
-    reason: str = ""
 
 
 @dataclass
@@ -111,11 +96,9 @@ class Store:
                  label: str | None = None) -> "Artifact":
         """Name an artifact; nothing is read, written or computed yet.
 
-        step: what makes it, [a-z0-9_-]. version: raised when its numbers change. config: JSON values. inputs: name ->
-        digest of what it is made from. label: for the log.
+        step: what makes it, a folder's name. version: raised when its numbers change. config: JSON values. inputs:
+        name -> digest of what it is made from. label: for the log.
         """
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", step):
-            raise UserError(f"step name {step!r}: use lower-case letters, digits, - and _")
         identity = {"step": step, "version": version, "config": config, "inputs": inputs or {}}
         return Artifact(self, plain(identity, step), label)
 
@@ -164,17 +147,13 @@ class Artifact:
 
     def __post_init__(self):
         self.digest = digest_of_json(self.identity)
-        parts = [self.identity["step"], self.digest[:16]]
-        if self.shard is not None:
-            parts.append(f"shard_{self.shard:05d}")
+        shard = [] if self.shard is None else [f"shard_{self.shard:05d}"]
+        parts = [self.identity["step"], self.digest[:16], *shard]
         self.path, self.name = self.store.root.joinpath(*parts), "-".join(parts)
 
-    def status(self) -> Status:
-        """Is it here, whole? If not: what is damaged, or what changed against what is stored."""
-        if not os.path.lexists(self.path):
-            return Status(False, self.what_changed())
-        damage = self.damage()
-        return Status(not damage, damage)
+    def lacks(self) -> str:
+        """Why it is not here, whole: what is damaged, or what changed against what is stored. '' if it is."""
+        return self.damage() if os.path.lexists(self.path) else self.what_changed()
 
     def damage(self) -> str:
         """What is wrong with the stored files, or ''. Files that the manifest does not list are not read."""
@@ -183,13 +162,10 @@ class Artifact:
             return "manifest.json is missing, damaged, or another artifact's"
         for name, seal in manifest["files"].items():
             try:
-                size, sha256 = (self.path / name).stat().st_size, digest_of_file(self.path / name)
+                if digest_of_file(self.path / name) != seal["sha256"]:
+                    return f"{name} has another checksum"
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return f"{name} is missing"
-            if size != seal["bytes"]:
-                return f"{name} has {size} bytes instead of {seal['bytes']}"
-            if sha256 != seal["sha256"]:
-                return f"{name} has another checksum"
         return ""
 
     def what_changed(self) -> str:
@@ -200,59 +176,46 @@ class Artifact:
                       if manifest and manifest["digest"] != self.digest), key=len, default=["nothing stored yet"])
         return ", ".join(fewest[:3]) + (f" and {len(fewest) - 3} more" if len(fewest) > 3 else "")
 
-    def say(self, status: Status) -> None:
-        """Log HIT, or MISS with its reason."""
-        label, reason = f" ({self.label})" if self.label else "", f": {status.reason}" if status.reason else ""
-        self.store.log(f"{'HIT' if status.hit else 'MISS'} {self.identity['step']} {self.digest[:16]}{label}{reason}")
+    def say(self, hit: bool, why: str) -> None:
+        """Log HIT or MISS, and why."""
+        label, why = f" ({self.label})" if self.label else "", f": {why}" if why else ""
+        self.store.log(f"{'HIT' if hit else 'MISS'} {self.identity['step']} {self.digest[:16]}{label}{why}")
 
-    def kept(self) -> dict | None:
-        """The scores that the repository keeps, of an artifact that is not in the store; else None."""
-        if self.digest not in self.store.kept or self.status().hit:
-            return None
-        self.say(Status(True, f"kept in {self.store.keeps}"))
-        return self.store.kept[self.digest]
-
-    def ensure(self, make: Callable[[Path], dict | None], wait: bool = True) -> "Artifact":
+    def ensure(self, make: Callable[[Path], None], wait: bool = True) -> "Artifact":
         """Have the artifact: find it, or call make(folder), which writes its files there.
 
-        What `make` returns (JSON values) becomes manifest["extra"]. Of two processes one computes it, and the other
-        waits and finds it; unless `wait`, it goes on without.
+        Of two processes one computes it, and the other waits and finds it; unless `wait`, it goes on without.
         """
         with disk_errors(self.store.root):
-            status = self.status()
-            self.say(status)
-            if not status.hit:
+            why = self.lacks()
+            self.say(not why, why)
+            if why:
                 self.obtain(make, wait)
         return self
 
-    def obtain(self, make: Callable[[Path], dict | None], wait: bool = True) -> bool:
+    def obtain(self, make: Callable[[Path], None], wait: bool = True) -> bool:
         """Under the artifact's lock: quarantine what is damaged, compute what is missing. False if busy."""
         with lock(self.store.root / "locks" / f"{self.name}.lock", wait, self.store.log) as ours:
-            if not ours:
-                return False
-            damage = self.damage() if os.path.lexists(self.path) else ""
-            if damage:
+            if ours and os.path.lexists(self.path) and (damage := self.damage()):
                 self.store.quarantine(self.path, self.name, damage, "computing it again")
-            if not os.path.lexists(self.path):
+            if ours and not os.path.lexists(self.path):
                 self.write(make)
-        return True
+        return ours
 
-    def write(self, make: Callable[[Path], dict | None]) -> None:
+    def write(self, make: Callable[[Path], None]) -> None:
         """Call `make` on a temporary folder; checksum, sync, and rename it into place with its manifest."""
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with suppress(FileNotFoundError):
-            shutil.rmtree(temporary)  # a killed run's: we hold the lock, nobody else uses it
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed run's: we hold the lock, nobody else uses it
         temporary.mkdir(parents=True)
         try:
-            start = time.perf_counter()
-            extra = make(temporary) or {}
-            seconds, files = round(time.perf_counter() - start, 3), {}
+            start, files = time.perf_counter(), {}
+            make(temporary)
+            seconds = round(time.perf_counter() - start, 3)
             for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
                 sync(path)
-                seal = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
-                files[str(path.relative_to(temporary))] = seal
+                files[str(path.relative_to(temporary))] = {"sha256": digest_of_file(path)}
             manifest = {"identity": self.identity, "digest": self.digest, "shard": self.shard, "label": self.label,
-                        "files": files, "extra": extra, "seconds": seconds, "created": now()} | provenance()
+                        "files": files, "seconds": seconds, "created": now()} | provenance()
             write_sealed(temporary / "manifest.json", plain(manifest, "manifest"), 1)
             os.rename(temporary, self.path)
             sync(self.path.parent)
@@ -283,69 +246,11 @@ class ShardedSet:
         """Digest of the first n rows: what a step that uses them names as its input."""
         return digest_of_json({"set": self.artifact.digest, "n": n})
 
-    def status(self, n: int) -> Status:
-        """Are the first n rows here, whole?"""
-        total, missing = len(self.parts(n)), len(self.missing(n))
-        reason = f"{total - missing} of {total} shards stored"
-        return Status(not missing, reason if missing < total else self.artifact.what_changed())
-
-    def ensure(self, n: int, compute_shard: Callable[[range], dict[str, np.ndarray]],
-               progress: bool = True) -> "ShardedSet":
-        """Have the first n rows: compute the shards that are missing, compute_shard(seeds) -> {name: rows}.
-
-        Of processes that do this at once each takes shards that nobody else is computing, then waits for those that
-        others took; the ranks of a group, which call it together, are dealt them. The last shard is computed whole.
-        """
-        with disk_errors(self.artifact.store.root):
-            status, group = self.status(n), ranks.group()
-            self.artifact.say(status._replace(reason=f"{n} rows, {status.reason}"))
-            size, parts = self.shard_size, self.parts(n)
-            here = {part.shard for part in parts} & self.verified
-            group.barrier()  # all have seen what was here before any of them adds to it
-            label = self.artifact.label or self.artifact.identity["step"]
-            with bar(len(parts) * size, label, len(here) * size, progress and group.main and not status.hit) as rows:
-                for position, part in group.deal(parts):  # first what is free
-                    if part.shard in here:
-                        continue
-                    if group.late:
-                        break
-                    if part.obtain(partial(self.make, part, compute_shard), wait=False):
-                        self.verified.add(part.shard)
-                        rows.update(len(here.union(range(position + 1))) * size - rows.n)
-                group.stop_if_late()
-                for part in self.missing(n):  # then what others were computing
-                    part.obtain(partial(self.make, part, compute_shard))
-                    self.verified.add(part.shard)
-        return self
-
-    def make(self, part: Artifact, compute_shard: Callable[[range], dict[str, np.ndarray]],
-             folder: Path) -> dict:
-        """Compute the arrays of one shard into its folder."""
-        first = self.first_seed + part.shard * self.shard_size
-        seeds = range(first, first + self.shard_size)
-        for name, rows in compute_shard(seeds).items():
-            if len(rows) != len(seeds):
-                raise ValueError(f"{part.name}: {len(rows)} rows of {name} for {len(seeds)} seeds")
-            save_array(folder / f"{name}.npy", rows)
-        return {"first_seed": seeds[0], "seeds": len(seeds)}
-
-    def load(self, n: int, name: str) -> np.ndarray:
-        """The first n rows of one array, [n, ...]. Raises UserError if a shard is missing or damaged."""
-        with disk_errors(self.artifact.store.root):
-            missing = self.missing(n)
-        if missing:
-            raise UserError(f"{missing[0].name} is missing or damaged: run its step")
-        paths = [part.path / f"{name}.npy" for part in self.parts(n)]
-        if not paths[0].exists():
-            raise UserError(f"{self.artifact.name} holds no array named {name!r}")
-        return np.concatenate([np.load(path, allow_pickle=False) for path in paths])[:n]
-
     def parts(self, n: int) -> list[Artifact]:
         """The shards that hold the first n rows."""
         if n < 1:
             raise UserError(f"{self.artifact.identity['step']}: {n} rows asked for; ask for at least 1")
-        return [Artifact(self.artifact.store, self.artifact.identity, self.artifact.label, shard)
-                for shard in range(-(-n // self.shard_size))]
+        return [replace(self.artifact, shard=shard) for shard in range(-(-n // self.shard_size))]
 
     def missing(self, n: int) -> list[Artifact]:
         """Those of the first n rows' shards that are not here, whole. Each is read once."""
@@ -354,6 +259,58 @@ class ShardedSet:
                           if part.shard not in self.verified and part.path.is_dir() and not part.damage()}
         return [part for part in parts if part.shard not in self.verified]
 
+    def lacks(self, n: int) -> str:
+        """Why the first n rows are not here, whole; '' if they are."""
+        total, missing = len(self.parts(n)), len(self.missing(n))
+        if missing == total:
+            return self.artifact.what_changed()
+        return f"{total - missing} of {total} shards stored" if missing else ""
+
+    def ensure(self, n: int, compute_shard: Callable[[range], dict[str, np.ndarray]]) -> "ShardedSet":
+        """Have the first n rows: compute the shards that are missing, compute_shard(seeds) -> {name: rows}.
+
+        Of processes that do this at once each takes shards that nobody else is computing, then waits for those that
+        others took; the ranks of a group, which call it together, are dealt them. The last shard is computed whole.
+        """
+        def obtain(part: Artifact, wait: bool) -> None:
+            first = self.first_seed + part.shard * self.shard_size
+
+            def make(folder):
+                for name, rows in compute_shard(range(first, first + self.shard_size)).items():
+                    if len(rows) != self.shard_size:
+                        raise ValueError(f"{part.name}: {len(rows)} rows of {name} for {self.shard_size} seeds")
+                    save_array(folder / f"{name}.npy", rows)
+
+            if part.obtain(make, wait):
+                self.verified.add(part.shard)
+
+        with disk_errors(self.artifact.store.root):
+            why, group, size, parts = self.lacks(n), ranks.group(), self.shard_size, self.parts(n)
+            self.artifact.say(not why, f"{n} rows" + (f", {why}" if why else ""))
+            here = {part.shard for part in parts} & self.verified
+            group.barrier()  # all have seen what was here before any of them adds to it
+            label = self.artifact.label or self.artifact.identity["step"]
+            with bar(len(parts) * size, label, len(here) * size, bool(why) and group.main) as rows:
+                for position, part in group.deal(parts):  # first what is free
+                    if part.shard in here:
+                        continue
+                    if group.late:
+                        break
+                    obtain(part, wait=False)
+                    rows.update(len(here.union(range(position + 1))) * size - rows.n)
+                group.stop_if_late()
+                for part in self.missing(n):  # then what others were computing
+                    obtain(part, wait=True)
+        return self
+
+    def load(self, n: int, name: str) -> np.ndarray:
+        """The first n rows of one array, [n, ...]. Raises UserError if a shard is missing or damaged."""
+        with disk_errors(self.artifact.store.root):
+            missing = self.missing(n)
+        if missing:
+            raise UserError(f"{missing[0].name} is missing or damaged: run its step")
+        return np.concatenate([np.load(part.path / f"{name}.npy", allow_pickle=False) for part in self.parts(n)])[:n]
+
 
 # --- JSON files that carry the digest of their own content
 
@@ -361,6 +318,7 @@ class ShardedSet:
 def write_sealed(path: Path, content: dict, indent: int) -> None:
     """Write a dict as JSON, with its digest beside its keys."""
     text = json.dumps(content | {"sha256": digest_of_json(content)}, sort_keys=True, indent=indent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, f"{text}\n".encode())
 
 
@@ -382,7 +340,7 @@ KEPT = "kept/scores.json"  # below a profile's results
 
 
 def read_kept(path: Path) -> dict[str, dict]:
-    """The scores that a results folder keeps, so that a study goes on where another machine left it.
+    """The scores that a results folder keeps (`write_sealed`), so that a study goes on where another machine left it.
 
     {"scores": digest of the artifact -> its scores, "lineage": as of `provenance.lineage`}, both empty without it.
     Raises UserError if it is damaged.
@@ -392,9 +350,3 @@ def read_kept(path: Path) -> dict[str, dict]:
     if content := read_sealed(path):
         return content
     raise UserError(f"{path} is damaged: restore it with git, or remove it, and its scores will be computed again")
-
-
-def write_kept(path: Path, scores: dict[str, dict], lineage: dict[str, dict]) -> None:
-    """Write that file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed(path, {"scores": scores, "lineage": lineage}, 0)

@@ -95,7 +95,7 @@ def _fill(group: ranks.Group, declared: Declared) -> None:
         for score in some:
             jobs.features(score.store, score.images, score.space)
         for reference, space in dict.fromkeys((score.reference, score.space) for score in some):
-            jobs.statistics(score.store, reference, space)
+            jobs.features(score.store, reference, space)
         for _, score in group.deal(some):
             if not group.late:
                 with ranks.alone():

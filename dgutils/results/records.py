@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dgutils.errors import UserError
 from dgutils.paths import results_dir, runs_dir
-from dgutils.pipeline.store import KEPT, digest_of_file, disk_errors, read_kept, read_manifest, write_file, write_kept
+from dgutils.pipeline.store import KEPT, digest_of_file, disk_errors, read_kept, read_manifest, write_file, write_sealed
 from dgutils.results.provenance import lineage
 from dgutils.results.statements import HIGHER, LOWER, direction, with_words
 
@@ -44,7 +44,7 @@ def keep(profile: str) -> Path:
     scores = read_kept(path)["scores"] | found
     if not scores:
         raise UserError(f"profile {profile} has no scores to keep: run `make reproduce PROFILE={profile}` first")
-    write_kept(path, scores, lineage(profile, scores))
+    write_sealed(path, {"scores": scores, "lineage": lineage(profile, scores)}, 0)
     return path
 
 
