@@ -38,7 +38,7 @@ def run(name: str, minutes: float, out: Path, device: torch.device, steps: int =
     out.mkdir(parents=True, exist_ok=True)
 
     def hand_over(weights: Path) -> None:
-        checkpoints.write_parts(weights, out)
+        pretrain.write_parts(weights, out)
         shutil.copyfile(weights.with_suffix(".json"), out / f"{name}.json")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,17 +5,17 @@ training. Every draw is a function of (seed, step), so that a training goes on t
 interrupts it. It ends in `<name>.safetensors` (the EMA weights in bfloat16) with its model card `<name>.json`.
 """
 
+import hashlib
+import io
 import json
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 import yaml
@@ -24,11 +24,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgutils import datasets, noise
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
+from dgutils.files import lock, write_file
+from dgutils.machine import device as default_device
+from dgutils.machine import log_line
 from dgutils.networks import adm, edm
-from dgutils.networks.checkpoints import ASSETS, join_parts, model_card, read_tensors, write_tensors
-from dgutils.networks.weights import sha256_of, write_whole
+from dgutils.networks.checkpoints import ASSETS, model_card, read_tensors, write_tensors
+from dgutils.networks.unpickle import load_weights_only
+from dgutils.networks.weights import sha256_of
 
+PART_BYTES = 15 * 2**20  # of weights that must pass where only small files may
 ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
 
 
@@ -47,11 +52,6 @@ def build(recipe: dict) -> nn.Module:
         torch.manual_seed(recipe["training"]["seed"])
         network = ARCHITECTURES[recipe["architecture"]](**recipe["config"])
     return network.to(memory_format=torch.channels_last)
-
-
-def default_device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Draws:
@@ -136,35 +136,28 @@ def _same_course(old: dict, new: dict, step: int) -> bool:
     return old == new or (rests[0] == rests[1] and step <= decay_begins)
 
 
-def _save(path, model, ema, optimizer, progress) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    write_tensors(path, tensors, {"progress": json.dumps(progress)})
+def _save(path: Path, model, ema, optimizer, progress) -> None:
+    parts = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+    torch.save(parts | {"progress": progress}, buffer := io.BytesIO())
+    write_file(path, buffer.getvalue())
 
 
-def _starting_with(prefix, tensors):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _restore(path, model, ema, optimizer) -> dict:
-    tensors, metadata = read_tensors(path)
-    model.load_state_dict(_starting_with("model.", tensors))
-    ema.load_state_dict(_starting_with("ema.", tensors))
-    state = {}
-    for key, value in _starting_with("optimizer.", tensors).items():
-        index, field = key.split(".")
-        state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads(metadata["progress"])
+def _read(checkpoint: Path) -> dict:
+    try:
+        return load_weights_only(checkpoint)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}: restore or delete it") from error
 
 
 def _begin(name, recipe, checkpoint, model, ema, optimizer, timed) -> dict:
     """Fill network, EMA and optimiser from the checkpoint or from a start's weights; returns the progress."""
     progress = {"step": 0, "first_step": 0, "seconds": 0.0, "log": []}
     if checkpoint.is_file():
-        progress = _restore(checkpoint, model, ema, optimizer)
+        saved = _read(checkpoint)
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]})
+        progress = saved["progress"]
         if not _same_course(progress["recipe"], recipe, progress["step"]):
             raise UserError(f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
         return progress | {"recipe": recipe}
@@ -185,28 +178,20 @@ def _begin(name, recipe, checkpoint, model, ema, optimizer, timed) -> dict:
 
 
 @contextmanager
-def _only_one(checkpoint: Path):
-    """Nobody else trains on this checkpoint meanwhile. Raises UserError if somebody does."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(checkpoint.with_suffix(".lock"), timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise UserError(f"{checkpoint}: another process trains it: wait, or give another folder with --out") from error
-
-
-@contextmanager
 def _signals():
     """Yields a list that has something in it once SIGINT or SIGTERM asked to stop; a second one ends the process."""
-    asked, usual = [], {}
+    asked, usual = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore(*asking):
-        asked.extend(asking)
+    def ask(*asking):
+        asked.append(asking)
+        restore()
+
+    def restore():
         for number, handler in usual.items():
             signal.signal(number, handler)
 
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        usual |= {number: signal.signal(number, restore) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in usual:
+        signal.signal(number, ask)
     try:
         yield asked
     finally:
@@ -238,10 +223,8 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     seen all the recipe's images, and if another process trains on the same checkpoint.
     """
     began = last_save = time.monotonic()
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"{minutes} minutes: give a number above 0")
-    if threads is not None and threads < 1:
-        raise UserError(f"{threads} threads: give at least 1")
+    require(minutes is None or 0 < minutes < math.inf, f"{minutes} minutes: give a number above 0")
+    require(threads is None or threads >= 1, f"{threads} threads: give at least 1")
     torch.set_num_threads(threads or torch.get_num_threads())
     recipe, device = load_recipe(name), device or default_device()
     training, loss_of, on_gpu = recipe["training"], LOSSES[recipe["architecture"]], device.type == "cuda"
@@ -266,8 +249,9 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
         saved(weights)
         return weights
 
-    checkpoint = out_dir / f"{name}.checkpoint.safetensors"
-    with _only_one(checkpoint), _signals() as asked_to_stop:
+    checkpoint = out_dir / f"{name}.checkpoint.pt"
+    with lock(checkpoint.with_suffix(".lock"), False, log_line) as ours, _signals() as asked_to_stop:
+        require(ours, f"{checkpoint}: another process trains it: wait, or give another folder with --out")
         progress = _begin(name, recipe, checkpoint, model, ema, optimizer, minutes is not None)
         step, first, before, recent = progress["step"], progress["first_step"], progress["seconds"], []
         unit = " steps" if minutes is None else "s"
@@ -305,13 +289,12 @@ def export(name: str, out_dir: Path, device: torch.device | None = None, evaluat
     In bfloat16: in mixed precision sampling then computes with these very weights, not with others that it rounded.
     Without `evaluate`, or without the test images, the card says null where the held-out loss would be.
     """
-    checkpoint, path = out_dir / f"{name}.checkpoint.safetensors", out_dir / f"{name}.safetensors"
-    if not checkpoint.is_file():
-        raise UserError(f"nothing to export: {checkpoint} is absent: first `python -m dgutils train-score {name}`")
-    tensors, metadata = read_tensors(checkpoint)
-    progress = json.loads(metadata["progress"])
+    checkpoint, path = out_dir / f"{name}.checkpoint.pt", out_dir / f"{name}.safetensors"
+    require(checkpoint.is_file(),
+            f"nothing to export: {checkpoint} is absent: first `python -m dgutils train-score {name}`")
+    saved = _read(checkpoint)
+    progress, weights = saved["progress"], {key: value.bfloat16() for key, value in saved["ema"].items()}
     recipe, size = progress["recipe"], progress["recipe"]["training"]["batch_size"]
-    weights = {k: v.bfloat16() for k, v in _starting_with("ema.", tensors).items()}
     write_tensors(path, weights, {"recipe": json.dumps(recipe)})
     _write_card(path, {
         "name": name, "what": recipe["what"], "licence": recipe["licence"],
@@ -326,7 +309,22 @@ def export(name: str, out_dir: Path, device: torch.device | None = None, evaluat
 
 
 def _write_card(weights: Path, card: dict) -> None:
-    write_whole(weights.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    write_file(weights.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+
+
+def write_parts(path: Path, folder: Path) -> list[Path]:
+    """Copy a file into `folder` as NAME.part0, NAME.part1, ... of at most `PART_BYTES` each; returns their paths.
+
+    Parts of an earlier, longer file are removed. `join` puts them together.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data, parts = path.read_bytes(), []
+    for number, start in enumerate(range(0, len(data), PART_BYTES)):
+        parts.append(folder / f"{path.name}.part{number}")
+        write_file(parts[-1], data[start : start + PART_BYTES])
+    for stale in set(folder.glob(f"{path.name}.part*")) - set(parts):
+        stale.unlink()
+    return parts
 
 
 def join(name: str, folder: Path, out_dir: Path) -> Path:
@@ -334,12 +332,16 @@ def join(name: str, folder: Path, out_dir: Path) -> Path:
 
     Raises UserError if a part is missing or the checksum is not the card's.
     """
-    card_path = folder / f"{name}.json"
-    if not card_path.is_file():
-        raise UserError(f"{card_path} is absent: it belongs to the weights, and holds their checksum")
+    card_path, path = folder / f"{name}.json", out_dir / f"{name}.safetensors"
+    require(card_path.is_file(), f"{card_path} is absent: it belongs to the weights, and holds their checksum")
     card = json.loads(card_path.read_text())
+    parts = sorted(folder.glob(f"{path.name}.part*"), key=lambda part: int(part.name.rpartition("part")[2]))
+    data = b"".join(part.read_bytes() for part in parts)
+    require(hashlib.sha256(data).hexdigest() == card["sha256"],
+            f"{folder / path.name}.part*: the {len(parts)} parts are not the file with checksum {card['sha256'][:12]}: "
+            "is one missing, or of another file?")  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)
-    path = join_parts(folder / f"{name}.safetensors", out_dir / f"{name}.safetensors", card["sha256"])
+    write_file(path, data)
     card["evaluation"] = card["evaluation"] or _evaluate(read_tensors(path)[0], card["recipe"], default_device())
     _write_card(path, card)
     return path
