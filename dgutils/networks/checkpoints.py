@@ -25,7 +25,8 @@ from dgutils.networks.weights import Published, sha256_of
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 _ARCHITECTURES = {"denoiser": Denoiser, "extractor": EncoderUNet, "discriminator": EncoderUNet}
-_SONG_UNET = {"in_channels", "out_channels", *inspect.signature(SongUNet).parameters}  # the published one's arguments
+# The published SongUNet's arguments.
+_SONG_UNET = {"in_channels", "out_channels", "label_dropout", *inspect.signature(SongUNet).parameters}
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # in tensors' names
 
 
