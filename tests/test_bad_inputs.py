@@ -245,7 +245,7 @@ COMMANDS = {
     "time-out in words": (["reproduce", "--cell-timeout", "long"], "'long' is not a valid integer"),
     "negative time-out": (["reproduce", "--cell-timeout", "-1"], "--cell-timeout -1: give seconds"),
     "recipe that there is not": (["train-score", "imagenet"], "no recipe 'imagenet' .*there are"),
-    "nothing to export": (["train-score", "fashion-mnist-edm", "--export", "--out", "{tmp}"], "nothing to export"),
+    "nothing to join": (["train-score", "fashion-mnist-edm", "--join", "{tmp}"], "fashion-mnist-edm.json is absent: it belongs to"),
     "folder that is a file": (["train-extractor", "fashion-mnist-adm", "--out", "{tmp}/file"], "{tmp}/file"),
     "threads in words": (["train-score", "fashion-mnist-edm", "--threads", "all"], "'all' is not a valid integer"),
     "profile that is a folder of somebody": (["keep", "--profile", "/"], "profile '/': a name is one word"),

@@ -136,39 +136,28 @@ def _same_course(old: dict, new: dict, step: int) -> bool:
     return old == new or (rests[0] == rests[1] and step <= decay_begins)
 
 
-def _save(path: Path, model, ema, optimizer, progress) -> None:
-    parts = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()["state"]}
-    torch.save(parts | {"progress": progress}, buffer := io.BytesIO())
-    write_file(path, buffer.getvalue())
-
-
-def _read(checkpoint: Path) -> dict:
-    try:
-        return load_weights_only(checkpoint)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}: restore or delete it") from error
-
-
 def _begin(name, recipe, checkpoint, model, ema, optimizer, timed) -> dict:
     """Fill network, EMA and optimiser from the checkpoint or from a start's weights; returns the progress."""
     progress = {"step": 0, "first_step": 0, "seconds": 0.0, "log": []}
     if checkpoint.is_file():
-        saved = _read(checkpoint)
+        try:
+            saved = load_weights_only(checkpoint)
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}: restore or delete it") from error
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]})
         progress = saved["progress"]
-        if not _same_course(progress["recipe"], recipe, progress["step"]):
-            raise UserError(f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
+        require(_same_course(progress["recipe"], recipe, progress["step"]),
+                f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
         return progress | {"recipe": recipe}
     unfinished = (ASSETS / f"{name}.safetensors").is_file() and not model_card(name)["finished"]
     if start := name if unfinished else recipe.get("start"):
         card, images = model_card(start), recipe["training"]["images"]
-        if any(card["recipe"][part] != recipe[part] for part in ("architecture", "config")):
-            raise UserError(f"recipe '{name}' cannot go on from '{start}': give both the same architecture and config")
-        if card["images_seen"] >= images and not timed:
-            raise UserError(f"recipe '{name}' goes on from '{start}', which has seen {card['images_seen']:,} images: "
-                            f"give it more than its {images:,}")
+        require(all(card["recipe"][part] == recipe[part] for part in ("architecture", "config")),
+                f"recipe '{name}' cannot go on from '{start}': give both the same architecture and config")
+        require(timed or card["images_seen"] < images, f"recipe '{name}' goes on from '{start}', which has seen "
+                f"{card['images_seen']:,} images: give it more than its {images:,}")  # fmt: skip
         weights = {key: value.float() for key, value in read_tensors(ASSETS / f"{start}.safetensors")[0].items()}
         model.load_state_dict(weights)
         ema.load_state_dict(weights)
@@ -202,8 +191,7 @@ def _finite(name: str, losses: list[torch.Tensor], step: int) -> float:
     """The mean of the last losses before `step`, which waits for the device. Raises UserError if one is not finite."""
     values = torch.stack(losses).tolist() if losses else [0.0]
     for at, value in enumerate(values, step - len(values)):
-        if not math.isfinite(value):
-            raise UserError(f"{name}: loss is {value} at step {at}: lower learning_rate in its recipe")
+        require(math.isfinite(value), f"{name}: loss is {value} at step {at}: lower learning_rate in its recipe")
     return float(np.mean(values))
 
 
@@ -217,7 +205,8 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     the card says), else from the beginning.
     Ends after the recipe's images; or, given `minutes`, when these are over, the learning rate falling to zero over the
     recipe's share of them; or at SIGINT or SIGTERM, after the step it is at. Whichever it is, checkpoint, weights and
-    card are left, as they are every `save_minutes`; saved(weights) is called after each time.
+    card are left, as they are every `save_minutes`; saved(weights) is called after each time. Without the test images
+    the card says null where the held-out loss would be, as it does while the training lasts.
     device: `default_device()` unless given; flips and noise are drawn there, and only what is written waits for it.
     Raises UserError when the loss is not finite, naming the step, for a `start` of another architecture or one that has
     seen all the recipe's images, and if another process trains on the same checkpoint.
@@ -240,16 +229,27 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     def passed():
         return step if minutes is None else time.monotonic() - began
 
-    def save(evaluate: bool) -> Path:
+    def save(evaluate: bool) -> None:
         _finite(name, recent, step)  # what is not finite is not saved
-        progress.update(step=step, seconds=before + time.monotonic() - began, finished=passed() >= length,
-                        device=torch.cuda.get_device_name(device) if on_gpu else "CPU")  # fmt: skip
-        _save(checkpoint, model, ema, optimizer, progress)
-        weights = export(name, out_dir, device, evaluate)
-        saved(weights)
-        return weights
+        progress.update(step=step, seconds=before + time.monotonic() - began)
+        parts = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+        torch.save(parts | {"progress": progress}, buffer := io.BytesIO())
+        write_file(checkpoint, buffer.getvalue())
+        # In bfloat16: in mixed precision sampling then computes with these very weights, not with others it rounded.
+        weights = {key: value.bfloat16().cpu() for key, value in parts["ema"].items()}
+        write_tensors(path, weights, {"recipe": json.dumps(recipe)})
+        _write_card(path, {
+            "name": name, "what": recipe["what"], "licence": recipe["licence"],
+            "parameters": sum(v.numel() for v in weights.values()), "images_seen": step * size,
+            "finished": passed() >= length, "optimizer_restarted_at_images": first * size,
+            "train_seconds": round(progress["seconds"]), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if on_gpu else "CPU", "sha256": sha256_of(path),
+            "recipe": recipe, "evaluation": _evaluate(weights, recipe, device) if evaluate else None,
+            "loss_curve": progress["log"],
+        })  # fmt: skip
+        saved(path)
 
-    checkpoint = out_dir / f"{name}.checkpoint.pt"
+    checkpoint, path = out_dir / f"{name}.checkpoint.pt", out_dir / f"{name}.safetensors"
     with lock(checkpoint.with_suffix(".lock"), False, log_line) as ours, _signals() as asked_to_stop:
         require(ours, f"{checkpoint}: another process trains it: wait, or give another folder with --out")
         progress = _begin(name, recipe, checkpoint, model, ema, optimizer, minutes is not None)
@@ -263,8 +263,6 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
                 loss = loss_of(model, x, labels, Draws(device, seed, 3, step))
             recent.append(loss.detach())
             step += 1
-            if not on_gpu:  # where looking at it waits for nothing
-                _finite(name, recent[-1:], step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -280,31 +278,7 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
                 save(evaluate=False)
                 last_save = time.monotonic()
         bar.close()
-        return save(evaluate=True)
-
-
-def export(name: str, out_dir: Path, device: torch.device | None = None, evaluate: bool = True) -> Path:
-    """Write the EMA weights of a checkpoint as `<name>.safetensors`, with its model card.
-
-    In bfloat16: in mixed precision sampling then computes with these very weights, not with others that it rounded.
-    Without `evaluate`, or without the test images, the card says null where the held-out loss would be.
-    """
-    checkpoint, path = out_dir / f"{name}.checkpoint.pt", out_dir / f"{name}.safetensors"
-    require(checkpoint.is_file(),
-            f"nothing to export: {checkpoint} is absent: first `python -m dgutils train-score {name}`")
-    saved = _read(checkpoint)
-    progress, weights = saved["progress"], {key: value.bfloat16() for key, value in saved["ema"].items()}
-    recipe, size = progress["recipe"], progress["recipe"]["training"]["batch_size"]
-    write_tensors(path, weights, {"recipe": json.dumps(recipe)})
-    _write_card(path, {
-        "name": name, "what": recipe["what"], "licence": recipe["licence"],
-        "parameters": sum(v.numel() for v in weights.values()), "images_seen": progress["step"] * size,
-        "finished": progress["finished"], "optimizer_restarted_at_images": progress["first_step"] * size,
-        "train_seconds": round(progress["seconds"]), "device": progress["device"], "torch": torch.__version__,
-        "sha256": sha256_of(path), "recipe": recipe,
-        "evaluation": _evaluate(weights, recipe, device or default_device()) if evaluate else None,
-        "loss_curve": progress["log"],
-    })  # fmt: skip
+        save(evaluate=True)
     return path
 
 
