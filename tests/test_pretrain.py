@@ -72,22 +72,6 @@ def test_another_recipe_does_not_touch_the_checkpoint(assets, tmp_path):
         pretrain.train_network("toy", tmp_path / "out")
 
 
-def test_a_plateau_may_become_longer_or_shorter_until_the_decay_begins(assets, tmp_path, monkeypatch):
-    def recipe(images):
-        return RECIPE.replace("images: 48, decay_images: 24", f"images: {images}, decay_images: 16")
-
-    (assets / "toy.yaml").write_text(recipe(80))
-    whole = pretrain.train_network("toy", tmp_path / "whole")
-    (assets / "toy.yaml").write_text(recipe(48))
-    killed_at_the_fourth_step(tmp_path / "out", monkeypatch)
-    (assets / "toy.yaml").write_text(recipe(80))
-    longer = pretrain.train_network("toy", tmp_path / "out", save_minutes=0)
-    assert longer.read_bytes() == whole.read_bytes()
-    (assets / "toy.yaml").write_text(recipe(96))
-    with pytest.raises(UserError, match="another recipe"):
-        pretrain.train_network("toy", tmp_path / "out")
-
-
 def test_goes_on_from_unfinished_shipped_weights(assets, tmp_path):
     trained = pretrain.train_network("toy", tmp_path / "out")
     card = json.loads(trained.with_suffix(".json").read_text()) | {"finished": False, "images_seen": 32}

@@ -152,18 +152,22 @@ def test_two_versions_of_a_file_do_not_mix_within_a_download(folder, server):
 
 
 @pytest.mark.parametrize(
-    "changes, fault",
+    "record, fault",
     [
         ({"sha256": "0" * 64}, "has sha256 [0-9a-f]{16}..., not the 0000000000000000... expected"),
-        ({"bytes": 17}, "has 2,304,002 bytes, not the 17 expected"),
+        ({"bytes": 17, "sha256": ""}, "has 2,304,002 bytes, not the 17 expected"),
     ],
 )
-def test_wrong_checksum_or_size_is_deleted(changes, fault, folder, server, monkeypatch):
-    enter(monkeypatch, dataclasses.replace(weights.published("net"), **changes))
+@pytest.mark.parametrize("stated", [False, True], ids=["recorded", "stated by the registry"])
+def test_wrong_checksum_or_size_is_deleted(record, fault, stated, folder, server, monkeypatch):
+    if stated:
+        fault = "has sha256 .* not the ffffffffffffffff... expected"
+        enter(monkeypatch, dataclasses.replace(weights.published("net"), sha256="f" * 64))
+    folder.mkdir()
+    (folder / "checksums.json").write_text(json.dumps({"net.pt": record}))
     with pytest.raises(UserError, match=fault + ", and was deleted"):
         fetch()
     assert not (folder / "net.pt").exists() and list((folder / "partial").iterdir()) == []
-    assert not (folder / "checksums.json").exists()
 
 
 def test_a_web_page_is_no_network(folder, server):

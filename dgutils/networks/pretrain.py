@@ -128,17 +128,9 @@ def ema_decay(training: dict, step: int) -> float:
     return 0.5 ** (training["batch_size"] / max(min(training["ema_half_life"], 0.05 * seen), 1e-8))
 
 
-def _same_course(old: dict, new: dict, step: int) -> bool:
-    """Do two recipes mean the same first `step` steps? The plateau leaves open how long it will last."""
-    lengths = ("images", "decay_images")
-    rests = [r | {"training": {k: v for k, v in r["training"].items() if k not in lengths}} for r in (old, new)]
-    decay_begins = min((t["images"] - t["decay_images"]) // t["batch_size"] for t in (old["training"], new["training"]))
-    return old == new or (rests[0] == rests[1] and step <= decay_begins)
-
-
 def _begin(name, recipe, checkpoint, model, ema, optimizer, timed) -> dict:
     """Fill network, EMA and optimiser from the checkpoint or from a start's weights; returns the progress."""
-    progress = {"step": 0, "first_step": 0, "seconds": 0.0, "log": []}
+    progress = {"recipe": recipe, "step": 0, "first_step": 0, "seconds": 0.0, "log": []}
     if checkpoint.is_file():
         try:
             saved = load_weights_only(checkpoint)
@@ -147,10 +139,9 @@ def _begin(name, recipe, checkpoint, model, ema, optimizer, timed) -> dict:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]})
-        progress = saved["progress"]
-        require(_same_course(progress["recipe"], recipe, progress["step"]),
+        require(saved["progress"]["recipe"] == recipe,
                 f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
-        return progress | {"recipe": recipe}
+        return saved["progress"]
     unfinished = (ASSETS / f"{name}.safetensors").is_file() and not model_card(name)["finished"]
     if start := name if unfinished else recipe.get("start"):
         card, images = model_card(start), recipe["training"]["images"]
@@ -162,29 +153,25 @@ def _begin(name, recipe, checkpoint, model, ema, optimizer, timed) -> dict:
         model.load_state_dict(weights)
         ema.load_state_dict(weights)
         step = card["images_seen"] // recipe["training"]["batch_size"]
-        progress = {"step": step, "first_step": step, "seconds": card["train_seconds"], "log": card["loss_curve"]}
-    return progress | {"recipe": recipe}
+        progress |= {"step": step, "first_step": step, "seconds": card["train_seconds"], "log": card["loss_curve"]}
+    return progress
 
 
 @contextmanager
 def _signals():
     """Yields a list that has something in it once SIGINT or SIGTERM asked to stop; a second one ends the process."""
-    asked, usual = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = []
 
-    def ask(*asking):
-        asked.append(asking)
-        restore()
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, usual[number])
 
-    def restore():
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    for number in usual:
-        signal.signal(number, ask)
+    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        restore()
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _finite(name: str, losses: list[torch.Tensor], step: int) -> float:

@@ -40,8 +40,7 @@ class Published:
     megabytes: float
     config: dict | None = None  # of its network, where that is one of ours
     clock: str = "linear"  # or "cosine", the schedule by which its network reads time (noise.vp_to_cosine_time)
-    bytes: int | None = None  # enforced where known, as is
-    sha256: str | None = None
+    sha256: str | None = None  # enforced where it is known
 
     @property
     def path(self) -> Path:
@@ -54,7 +53,7 @@ class Status:
 
     published: Published
     state: str
-    bytes: int  # on disk; of an absent file: known or estimated
+    bytes: int  # on disk; of an absent file: estimated
 
 
 @functools.cache
@@ -95,16 +94,11 @@ def _checksums() -> Path:
 
 
 def _records() -> dict:
+    """File -> what was recorded of it: bytes, sha256, url."""
     try:
         return json.loads(_checksums().read_text()) if _checksums().is_file() else {}
     except ValueError as error:
         raise UserError(f"{_checksums()} is not JSON ({error}): restore it, or delete it to record anew") from error
-
-
-def _known(entry: Published) -> dict:
-    """The size and sha256 that a file must have, as far as the registry or an earlier use tells."""
-    stated = {"bytes": entry.bytes, "sha256": entry.sha256}
-    return _records().get(entry.file, {}) | {key: value for key, value in stated.items() if value is not None}
 
 
 def packed(path: Path) -> str | None:
@@ -121,13 +115,13 @@ def packed(path: Path) -> str | None:
 
 def _difference(entry: Published, path: Path) -> str | None:
     """What is wrong with a file, in words; None if nothing is known to be."""
-    known, size = _known(entry), path.stat().st_size
+    known = {"sha256": entry.sha256} if entry.sha256 else _records().get(entry.file, {})
     if archive := packed(path):
         return archive
     with open(path, "rb") as file:
         if not file.read(2).startswith(_MAGIC[Path(entry.file).suffix]):
             return f"begins like a web page or another format, not like a {Path(entry.file).suffix} file"
-    if size != known.get("bytes", size):
+    if (size := path.stat().st_size) != known.get("bytes", size):
         return f"has {size:,} bytes, not the {known['bytes']:,} expected"
     if sha256_of(path) != known.get("sha256", sha256_of(path)):
         return f"has sha256 {sha256_of(path)[:16]}..., not the {known['sha256'][:16]}... expected"
@@ -168,15 +162,15 @@ def find(name: str) -> Path:
 
 def status(names: Iterable[str]) -> list[Status]:
     """What is here, and what a fetch would bring. Touches no network."""
-
-    def one(entry):
-        known = _known(entry)
+    found = []
+    for entry in map(published, names):
         if not entry.path.is_file():
-            return Status(entry, "absent", known.get("bytes") or int(entry.megabytes * 1e6))
-        intact = "verified" if "sha256" in known else "unrecorded"
-        return Status(entry, "altered" if _difference(entry, entry.path) else intact, entry.path.stat().st_size)
-
-    return [one(published(name)) for name in names]
+            found.append(Status(entry, "absent", int(entry.megabytes * 1e6)))
+            continue
+        intact = "verified" if entry.sha256 or entry.file in _records() else "unrecorded"
+        state = "altered" if _difference(entry, entry.path) else intact
+        found.append(Status(entry, state, entry.path.stat().st_size))
+    return found
 
 
 def _download(entry: Published, target: Path) -> None:
