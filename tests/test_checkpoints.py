@@ -146,6 +146,7 @@ def set_filter(module):
         (lambda module: module.state.update(_buffers=None), "edm_vp.pkl: the object at '.*' is not a torch module"),
         (set_filter, "edm_vp.pkl: its network's arguments are not plain numbers and text"),
         (lambda module: module.state["_parameters"].update(extra=3), "edm_vp.pkl: .*extra is not a tensor"),
+        (lambda module: module.state["_modules"].update(again=module), "edm_vp.pkl: the object at '.*again.' is not"),
     ],
 )  # fmt: skip
 def test_snapshots_of_the_wrong_make_are_named(change, fault, folder):

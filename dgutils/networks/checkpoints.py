@@ -68,7 +68,7 @@ def read_edm(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         return state_dict(ema), about
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (TypeError, ValueError, RecursionError) as error:  # of lists that hold themselves, too
+    except (TypeError, ValueError, RecursionError) as error:  # lists and modules may hold themselves
         raise UserError(f"{path}: its network's arguments are not plain numbers and text ({error})") from error
 
 
