@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from dgutils.errors import UserError
 
@@ -80,29 +80,21 @@ def lock(path: Path, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
     holder, and that others on the same machine remove once the holder is dead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path, fallback_to_soft=False)
-    try:
-        free = _try(held)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        free = _try(held := SoftFileLock(path.with_suffix(".held")))
-    if not free and not wait:
-        yield False
-        return
-    if not free:
-        log(f"WAIT {path.stem}: another process is computing it")
-        held.acquire()
+    for held in (FileLock(path, fallback_to_soft=False), SoftFileLock(path.with_suffix(".held"))):
+        try:
+            held.acquire(timeout=0)
+            break
+        except Timeout:
+            if not wait:
+                yield False
+                return
+            log(f"WAIT {path.stem}: another process is computing it")
+            held.acquire()
+            break
+        except OSError as error:
+            if error.errno not in NO_LOCKS or isinstance(held, SoftFileLock):
+                raise
     try:
         yield True
     finally:
         held.release()
-
-
-def _try(held: BaseFileLock) -> bool:
-    """Whether a lock was free, and is ours now."""
-    try:
-        held.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True

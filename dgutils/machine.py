@@ -8,14 +8,10 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from dgutils.paths import cores, inherited
-
-if TYPE_CHECKING:
-    import torch
 
 
 def log_line(line: str) -> None:
@@ -23,8 +19,8 @@ def log_line(line: str) -> None:
     tqdm.write(f"dgutils: {line}", file=sys.stderr)
 
 
-def device() -> "torch.device":
-    """The accelerator if there is one, else the CPU."""
+def device():
+    """The accelerator if there is one, else the CPU, as torch.device."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

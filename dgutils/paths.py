@@ -121,31 +121,18 @@ def data_places(dataset: str) -> list[Path]:
 
 
 def cores(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
-    """The processor cores that this process may use: those it is bound to, or fewer by a container's quota."""
+    """The processor cores that this process may use: those it is bound to, or fewer by a quota (cgroup 2)."""
     bound = getattr(os, "sched_getaffinity", None)  # macOS has none
     count = len(bound(0)) if bound else os.cpu_count() or 1
     for line in groups.read_text().splitlines() if groups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = mounted / "cpu" if controllers else mounted  # of version 1, of version 2
-        here = Path(os.path.normpath(f"{top}/{path}"))
-        for group in (here, *here.parents):
-            if group == top or top in group.parents:
-                count = min(count, max(1, int(_quota(group))) if _quota(group) else count)
+        here = Path(os.path.normpath(f"{mounted}/{line.removeprefix('0::')}"))
+        for group in (here, *here.parents) if line.startswith("0::") else ():
+            try:
+                quota, period = (group / "cpu.max").read_text().split()
+                count = min(count, max(1, int(float(quota) / float(period))))
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
     return count
-
-
-def _quota(group: Path) -> float:
-    """The cores that a control group grants; 0 for no limit."""
-    try:
-        if (group / "cpu.max").is_file():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return max(0.0, float(quota) / float(period))
-    except (OSError, ValueError):  # no such file, or "max"
-        return 0.0
 
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",

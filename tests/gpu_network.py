@@ -1,10 +1,12 @@
 """A network trained on by the clock, wherever a GPU is to be had for some minutes; needs no more than torch and images.
 
-    python tests/gpu_network.py --minutes 7 --out DIR [--name cifar10-edm-gpu]
+    python tests/gpu_network.py --minutes 7 --out DIR [--name NAME]
 
-DIR gets the weights in parts of 15 MiB, their card with the loss curve and, where the test images are at hand, the
-held-out loss beside its predecessors', and for a score network a grid of samples. Parts and card are written every
-minute, so that whatever ends it early leaves a network; `python -m dgutils train-score NAME --join DIR` joins them.
+Without a name it trains cifar10-edm-gpu2, which goes on from cifar10-edm-gpu; a recipe (dgutils/assets/NAME.yaml) says
+where it starts, and a network that is shipped unfinished goes on from itself. DIR gets the weights in parts of 15 MiB,
+their card with the loss curve and, where the test images are at hand, the held-out loss, and for a score network a grid
+of samples. Parts and card are written every minute, so that whatever ends it early leaves a network;
+`python -m dgutils train-score NAME --join DIR` joins them.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from dgutils.networks.edm import Denoiser
 from dgutils.noise import PerSampleNoise, karras_sigmas
 from dgutils.sampler import edm_sampler, network_denoiser
 
+NAME = "cifar10-edm-gpu2"
+
 
 def grid(network, device: torch.device, steps: int, side: int) -> Image.Image:
     """side x side unguided images of seeds 0, 1, ...: 18 steps of Heun's method make EDM's 35 evaluations."""
@@ -38,7 +42,7 @@ def run(name: str, minutes: float, out: Path, device: torch.device, steps: int =
     out.mkdir(parents=True, exist_ok=True)
 
     def hand_over(weights: Path) -> None:
-        checkpoints.write_parts(weights, out)
+        pretrain.write_parts(weights, out)
         shutil.copyfile(weights.with_suffix(".json"), out / f"{name}.json")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +61,7 @@ def run(name: str, minutes: float, out: Path, device: torch.device, steps: int =
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="cifar10-edm-gpu")
+    parser.add_argument("--name", default=NAME)
     parser.add_argument("--minutes", type=float, default=7)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", type=torch.device, default=pretrain.default_device())

@@ -89,7 +89,7 @@ CASES = {
     # networks
     "odd image size of a denoiser": (lambda s: network(img_resolution=30), "image size 30 is not divisible by patch_size 4"),
     "odd image size after patching": (lambda s: network(img_resolution=36), "resolution 9 is not divisible by 2"),
-    "unknown encoder": (lambda s: network(encoder_type="dense"), "'dense' is none of standard, skip, residual"),
+    "unknown encoder": (lambda s: network(encoder_type="dense"), "'dense' is none of standard, residual"),
     "denoiser, other channels": (lambda s: network()(torch.zeros(2, 3, 32, 32), 1.0), r"expected images \[N, .*got \(2, 3, 32, 32\)"),
     "denoiser, one image without batch": (lambda s: network()(torch.zeros(1, 32, 32), 1.0), "expected images"),
     "odd image size of an encoder": (lambda s: network(EncoderUNet, image_size=30), "image_size 30 is not a multiple of 8"),
@@ -211,8 +211,8 @@ def test_file_that_is_no_safetensors(tmp_path, content):
 
 
 @pytest.mark.parametrize(("load", "message"), [
-    (lambda: checkpoints.load_denoiser("fashion-mnist-adm"), "'fashion-mnist-adm' is a EncoderUNet, not a Denoiser"),
-    (lambda: checkpoints.load_feature_extractor("fashion-mnist-edm"), "is a Denoiser, not a EncoderUNet"),
+    (lambda: checkpoints.load_denoiser("fashion-mnist-adm"), "'fashion-mnist-adm' is no denoiser but: Noise-conditional ADM"),
+    (lambda: checkpoints.load_feature_extractor("fashion-mnist-edm"), "'fashion-mnist-edm' is no extractor but: Unconditional EDM"),
     (lambda: checkpoints.load_denoiser("fashion-mnist"), "no network 'fashion-mnist'; shipped: .*fashion-mnist-edm; published: "),
     (lambda: checkpoints.weights_digest("fashion-mnist"), "no network 'fashion-mnist'; shipped: .*fashion-mnist-edm; published: "),
 ])  # fmt: skip
@@ -243,7 +243,7 @@ COMMANDS = {
     "time-out in words": (["reproduce", "--cell-timeout", "long"], "'long' is not a valid integer"),
     "negative time-out": (["reproduce", "--cell-timeout", "-1"], "--cell-timeout -1: give seconds"),
     "recipe that there is not": (["train-score", "imagenet"], "no recipe 'imagenet' .*there are"),
-    "nothing to export": (["train-score", "fashion-mnist-edm", "--export", "--out", "{tmp}"], "nothing to export"),
+    "nothing to join": (["train-score", "fashion-mnist-edm", "--join", "{tmp}"], "fashion-mnist-edm.json is absent: it belongs to"),
     "folder that is a file": (["train-extractor", "fashion-mnist-adm", "--out", "{tmp}/file"], "{tmp}/file"),
     "threads in words": (["train-score", "fashion-mnist-edm", "--threads", "all"], "'all' is not a valid integer"),
     "profile that is a folder of somebody": (["keep", "--profile", "/"], "profile '/': a name is one word"),

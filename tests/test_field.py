@@ -375,8 +375,7 @@ def test_what_make_is_given_reaches_the_command_as_it_is(tmp_path, target, varia
 @pytest.mark.parametrize(("groups", "files", "expected"), [
     ("0::/", {"cpu.max": "150000 100000"}, 1), ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
     ("0::/a", {"a/cpu.max": "max 100000"}, 8), ("0::/gone/away", {"cpu.max": "20000 100000"}, 1),
-    ("4:cpu,cpuacct:/\n2:memory:/x", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
-    ("4:cpu:/d", {"cpu/d/cpu.cfs_quota_us": "-1", "cpu/d/cpu.cfs_period_us": "100000"}, 8),
+    ("4:cpu:/d\n0::/a", {"a/cpu.max": "200000 100000"}, 2),
     ("0::/", {"cpu.max": "1600000 100000"}, 8), ("0::/", {"cpu.max": "nonsense"}, 8), (None, {}, 8)])  # fmt: skip
 @pytest.mark.parametrize("affinity", [True, False], ids=["Linux", "macOS"])
 def test_cores_that_one_may_use(tmp_path, monkeypatch, groups, files, expected, affinity):

@@ -3,12 +3,14 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
-from gpu_network import run
+from gpu_network import NAME, run
 from PIL import Image
 from test_pretrain import RECIPE, assets, rates  # noqa: F401
 
+from dgutils import datasets
 from dgutils.networks import checkpoints, pretrain
 
 CPU = torch.device("cpu")
@@ -45,3 +47,21 @@ def test_cut_off_at_a_random_moment_it_leaves_a_network(assets, tmp_path, monkey
     monkeypatch.setattr(pretrain.edm, "edm_loss", real)
     later = run("toy", 0.5, tmp_path / "more", CPU, steps=2, side=2)
     assert later["optimizer_restarted_at_images"] == card["images_seen"] < later["images_seen"]
+
+
+def test_the_next_piece_goes_on_from_the_last_one_s_network(tmp_path, monkeypatch, rates):  # noqa: F811
+    """Its own recipe, in batches of four of as many images as that takes."""
+    recipe = pretrain.load_recipe(NAME)
+    recipe["training"] |= {"batch_size": 4, "log_every": 1}
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+    monkeypatch.setattr(pretrain, "load_recipe", lambda name: recipe)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: (images, np.arange(16) % 10))
+    card, before = run(NAME, 0.05, tmp_path, CPU, steps=2, side=1), checkpoints.model_card(recipe["start"])
+    assert card["images_seen"] == before["images_seen"] + 12 and card["finished"]
+    assert card["optimizer_restarted_at_images"] == before["images_seen"]
+    assert card["loss_curve"][:-3] == before["loss_curve"] and card["recipe"]["start"] == "cifar10-edm-gpu"
+    old = checkpoints.read_tensors(checkpoints.ASSETS / "cifar10-edm-gpu.safetensors")[0]
+    new = checkpoints.read_tensors(pretrain.join(NAME, tmp_path, tmp_path / "home"))[0]
+    moved = [(new[key].float() - value.float()).norm() / value.float().norm() for key, value in old.items()]
+    assert 0 < max(moved) < 0.1  # three steps from there, not from initial weights
+    assert (tmp_path / f"{NAME}.png").exists()

@@ -72,22 +72,6 @@ def test_another_recipe_does_not_touch_the_checkpoint(assets, tmp_path):
         pretrain.train_network("toy", tmp_path / "out")
 
 
-def test_a_plateau_may_become_longer_or_shorter_until_the_decay_begins(assets, tmp_path, monkeypatch):
-    def recipe(images):
-        return RECIPE.replace("images: 48, decay_images: 24", f"images: {images}, decay_images: 16")
-
-    (assets / "toy.yaml").write_text(recipe(80))
-    whole = pretrain.train_network("toy", tmp_path / "whole")
-    (assets / "toy.yaml").write_text(recipe(48))
-    killed_at_the_fourth_step(tmp_path / "out", monkeypatch)
-    (assets / "toy.yaml").write_text(recipe(80))
-    longer = pretrain.train_network("toy", tmp_path / "out", save_minutes=0)
-    assert longer.read_bytes() == whole.read_bytes()
-    (assets / "toy.yaml").write_text(recipe(96))
-    with pytest.raises(UserError, match="another recipe"):
-        pretrain.train_network("toy", tmp_path / "out")
-
-
 def test_goes_on_from_unfinished_shipped_weights(assets, tmp_path):
     trained = pretrain.train_network("toy", tmp_path / "out")
     card = json.loads(trained.with_suffix(".json").read_text()) | {"finished": False, "images_seen": 32}
@@ -172,7 +156,8 @@ def test_two_trainings_of_one_network_in_one_folder_are_refused(assets, tmp_path
 
 
 def test_diverging_training_stops_with_its_step(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain.edm, "edm_loss", lambda *args: torch.tensor(float("nan")))
+    real = pretrain.edm.edm_loss
+    monkeypatch.setattr(pretrain.edm, "edm_loss", lambda *args: real(*args) * float("nan"))
     with pytest.raises(UserError, match="step 0: lower learning_rate"):
         pretrain.train_network("toy", tmp_path / "out")
 
@@ -263,9 +248,9 @@ def test_power_lost_between_saves_leaves_weights_that_load(assets, tmp_path, mon
 
 
 def test_weights_pass_in_parts_and_are_joined_by_their_checksum(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "PART_BYTES", 3000)
+    monkeypatch.setattr(pretrain, "PART_BYTES", 3000)
     trained = pretrain.train_network("toy", tmp_path / "out")
-    parts = checkpoints.write_parts(trained, tmp_path / "parts")
+    parts = pretrain.write_parts(trained, tmp_path / "parts")
     assert len(parts) > 3 and max(part.stat().st_size for part in parts) == 3000
     (tmp_path / "parts" / "toy.json").write_bytes(trained.with_suffix(".json").read_bytes())
     joined = pretrain.join("toy", tmp_path / "parts", tmp_path / "joined")

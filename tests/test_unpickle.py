@@ -264,6 +264,9 @@ def test_modules_that_contain_themselves(tmp_path):
     loop.state["_modules"]["again"] = loop
     with pytest.raises(UserError, match="'again.' is not a torch module of its own"):
         unpickle.state_dict(loop)
+    shared = unpickle.Saved("Net", state=empty | {"_modules": {}})
+    with pytest.raises(UserError, match="'b.' is not a torch module of its own"):
+        unpickle.state_dict(unpickle.Saved("Net", state=empty | {"_modules": {"a": shared, "b": shared}}))
     for wrong in (3, {}, unpickle.Saved("Net"), unpickle.Saved("Net", state=empty | {"_modules": {"a": "b"}})):
         with pytest.raises(UserError, match="not a torch module"):
             unpickle.state_dict(wrong)

@@ -145,16 +145,14 @@ def doctor(profile):
 @click.option("--minutes", type=float, callback=_minutes, help="Train so long, whatever the recipe's images.")
 @click.option("--parts", is_flag=True, help="Write the weights in parts of 15 MiB, too.")
 @click.option("--join", type=Path, metavar="FOLDER", help="Only put the parts in FOLDER together, checked.")
-@click.option("--export", is_flag=True, help="Only write the weights of the checkpoint so far.")
-def train_score(name, out, threads, minutes, parts, join, export):
+def train_score(name, out, threads, minutes, parts, join):
     """Train the network of a recipe, dgutils/assets/NAME.yaml; resumes."""
-    from dgutils.networks import checkpoints, pretrain
+    from dgutils.networks import pretrain
 
     out = out or repo_root() / "runs" / "networks"
-    path = (pretrain.join(name, join, out) if join else pretrain.export(name, out) if export else
-            pretrain.train_network(name, out, threads, minutes=minutes))
+    path = pretrain.join(name, join, out) if join else pretrain.train_network(name, out, threads, minutes=minutes)
     if parts:
-        checkpoints.write_parts(path, out)
+        pretrain.write_parts(path, out)
     finished = json.loads(path.with_suffix(".json").read_text())["finished"]
     state = "" if finished else " (unfinished: the same command goes on)"
     print(f"wrote {path} and its model card{state}; to ship them, move both to dgutils/assets")

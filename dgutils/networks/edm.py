@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dgutils.errors import UserError
+from dgutils.errors import require
 
 
 def _xavier_uniform(shape, fan_in, fan_out, gain=1.0):
@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Module):
-    """Same-size convolution, optionally after doubling or halving the resolution; kernel 0 only resamples.
+    """Same-size convolution, optionally after doubling or halving the resolution.
 
     resample_filter: [1, 1], a box, or [1, 3, 3, 1], applied along both axes. fused: convolve before the filter
     when halving, as NCSN++'s residual encoder does, which differs at the border.
@@ -39,10 +39,8 @@ class Conv2d(nn.Module):
     def __init__(self, fan_in, fan_out, kernel, up=False, down=False, gain=1.0, resample_filter=(1, 1), fused=False):
         super().__init__()
         area = kernel * kernel
-        self.weight = self.bias = None
-        if kernel:
-            self.weight = _xavier_uniform((fan_out, fan_in, kernel, kernel), fan_in * area, fan_out * area, gain)
-            self.bias = nn.Parameter(torch.zeros(fan_out))
+        self.weight = _xavier_uniform((fan_out, fan_in, kernel, kernel), fan_in * area, fan_out * area, gain)
+        self.bias = nn.Parameter(torch.zeros(fan_out))
         self.up, self.down, self.fused = up, down, fused
         self.box = tuple(resample_filter) == (1, 1)
         if up or down:
@@ -58,14 +56,14 @@ class Conv2d(nn.Module):
         return resample(x, taps, stride=2, padding=padding, groups=x.shape[1])
 
     def forward(self, x):
-        kernel = 0 if self.weight is None else self.weight.shape[-1]
+        padding = self.weight.shape[-1] // 2
         reach = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0  # 0 for the box
         if self.fused:
-            halved = self._resample(F.conv2d(x, self.weight, padding=kernel // 2 + reach), 0)
+            halved = self._resample(F.conv2d(x, self.weight, padding=padding + reach), 0)
             return halved + self.bias[:, None, None].to(x.dtype)  # the input's type, in mixed precision too
         if self.up or self.down:
             x = self._resample(x, reach)
-        return F.conv2d(x, self.weight, self.bias, padding=kernel // 2) if kernel else x
+        return F.conv2d(x, self.weight, self.bias, padding=padding)
 
 
 CACHED = 2**18  # numbers a thread that `GroupNorm` works on at a time: what fits into the cache spares the memory
@@ -260,29 +258,31 @@ class FourierEmbedding(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
+
+
 class SongUNet(nn.Module):
     """DDPM++ and NCSN++: encoder and decoder of residual blocks with skip connections, attention where asked.
 
     Input and output [N, channels, R, R]; `noise_label` is c_noise, [N]; class_labels one-hot [N, label_dim].
-    embedding_type "positional" or "fourier"; encoder_type "standard", or feeds the downsampled image to every
-    level by "skip" or "residual" sums; decoder_type "standard", or sums images of every level, "skip".
-    Raises UserError for another name.
+    embedding_type "positional" or "fourier"; encoder_type "standard", or "residual": the downsampled image is added at
+    every level. Raises UserError for another name.
     """
 
     def __init__(self, img_resolution, channels, label_dim=0, augment_dim=0, model_channels=128,
                  channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.0,
-                 label_dropout=0.0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
-                 decoder_type="standard", resample_filter=(1, 1)):
+                 embedding_type="positional", channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
+                 resample_filter=(1, 1)):
         super().__init__()
-        for value, known in ((embedding_type, EMBEDDINGS), (encoder_type, ENCODERS), (decoder_type, DECODERS)):
-            if value not in known:
-                raise UserError(f"SongUNet: '{value}' is none of {', '.join(known)}")
-        if img_resolution % (shrink := 2 ** (len(channel_mult) - 1)):
-            raise UserError(f"SongUNet: resolution {img_resolution} is not divisible by {shrink}, as its levels need")
+        for value, known in ((embedding_type, EMBEDDINGS), (encoder_type, ("standard", "residual")),
+                             (decoder_type, ("standard",))):  # fmt: skip
+            require(value in known, f"SongUNet: '{value}' is none of {', '.join(known)}")
+        shrink = 2 ** (len(channel_mult) - 1)
+        require(img_resolution % shrink == 0,
+                f"SongUNet: resolution {img_resolution} is not divisible by {shrink}, as its levels need")
         emb, noise = channel_mult_emb * model_channels, channel_mult_noise * model_channels
         widths = [model_channels * m for m in channel_mult]
-        resolutions = [img_resolution >> level for level in range(len(widths))]
-        self.label_dropout = label_dropout
+        levels = [(img_resolution >> level, width) for level, width in enumerate(widths)]
         self.map_noise = EMBEDDINGS[embedding_type](noise)
         self.map_label = Linear(label_dim, noise) if label_dim else None
         # Augmentation labels are zero when sampling; the layer is here because the published weights hold it.
@@ -293,21 +293,16 @@ class SongUNet(nn.Module):
         def block(fan_in, fan_out, **options):
             return UNetBlock(fan_in, fan_out, emb, dropout=dropout, resample_filter=resample_filter, **options)
 
-        def resample(fan_in, fan_out, kernel, **options):
-            return Conv2d(fan_in, fan_out, kernel, resample_filter=resample_filter, **options)
-
         self.enc = nn.ModuleDict()
         width, image, skips = model_channels, channels, []  # image: channels of the image that is handed down
-        for level, (res, out) in enumerate(zip(resolutions, widths, strict=True)):
-            if level == 0:
+        for res, out in levels:
+            if res == img_resolution:
                 self.enc[f"{res}x{res}_conv"] = Conv2d(channels, width, 3)
             else:
                 self.enc[f"{res}x{res}_down"] = block(width, width, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{res}x{res}_aux_down"] = resample(image, image, 0, down=True)
-                    self.enc[f"{res}x{res}_aux_skip"] = Conv2d(image, width, 1)
                 if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = resample(image, width, 3, down=True, fused=True)
+                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(image, width, 3, down=True, fused=True,
+                                                                   resample_filter=resample_filter)  # fmt: skip
                     image = width
             skips.append(width)
             for idx in range(num_blocks):
@@ -316,9 +311,8 @@ class SongUNet(nn.Module):
                 skips.append(width)
 
         self.dec = nn.ModuleDict()
-        for level, (res, out) in reversed(list(enumerate(zip(resolutions, widths, strict=True)))):
-            deepest = level == len(widths) - 1
-            if deepest:
+        for res, out in reversed(levels):
+            if res == levels[-1][0]:
                 self.dec[f"{res}x{res}_in0"] = block(width, width, attention=True)
                 self.dec[f"{res}x{res}_in1"] = block(width, width)
             else:
@@ -327,46 +321,26 @@ class SongUNet(nn.Module):
                 attention = idx == num_blocks and res in attn_resolutions
                 self.dec[f"{res}x{res}_block{idx}"] = block(width + skips.pop(), out, attention=attention)
                 width = out
-            if decoder_type == "skip" and not deepest:
-                self.dec[f"{res}x{res}_aux_up"] = resample(channels, channels, 0, up=True)
-            if decoder_type == "skip" or level == 0:
-                self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(width)
-                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
+        self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(width)
+        self.dec[f"{res}x{res}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
 
     def forward(self, x, noise_label, class_labels=None):
         emb = self.map_noise(noise_label)
         if self.map_label is not None:
-            if self.training and self.label_dropout:
-                kept = torch.rand(len(x), 1, device=x.device) >= self.label_dropout
-                class_labels = class_labels * kept.to(class_labels.dtype)
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-        skips, image, total = [], x, 0
+        skips, image = [], x
         for name, block in self.enc.items():
-            if name.endswith("aux_down"):
-                image = block(image)
-            elif name.endswith("aux_skip"):
-                x = skips[-1] = x + block(image)
-            elif name.endswith("aux_residual"):
+            if name.endswith("aux_residual"):
                 x = skips[-1] = image = (x + block(image)) * math.sqrt(0.5)
             else:
                 x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
                 skips.append(x)
-        for name, block in self.dec.items():
-            if name.endswith("aux_up"):
-                total = block(total)
-            elif name.endswith("aux_norm"):
-                normed = block(x, silu=True)
-            elif name.endswith("aux_conv"):
-                total = total + block(normed)
-            else:
-                x = block(x if x.shape[1] == block.in_channels else torch.cat([x, skips.pop()], dim=1), emb)
-        return total
-
-
-EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
-ENCODERS, DECODERS = ("standard", "skip", "residual"), ("standard", "skip")
+        *blocks, norm, conv = self.dec.values()
+        for block in blocks:
+            x = block(x if x.shape[1] == block.in_channels else torch.cat([x, skips.pop()], dim=1), emb)
+        return conv(norm(x, silu=True))
 
 
 class Denoiser(nn.Module):
@@ -382,8 +356,8 @@ class Denoiser(nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, patch_size=1, sigma_min=0.0,
                  sigma_max=math.inf, float32_levels=(math.inf, 0.0), **unet):  # fmt: skip
         super().__init__()
-        if img_resolution % patch_size:
-            raise UserError(f"Denoiser: image size {img_resolution} is not divisible by patch_size {patch_size}")
+        require(img_resolution % patch_size == 0,
+                f"Denoiser: image size {img_resolution} is not divisible by patch_size {patch_size}")
         self.shape = (img_channels, img_resolution, img_resolution)
         self.sigma_min, self.sigma_max, self.float32_levels = sigma_min, sigma_max, tuple(float32_levels)
         self.label_dim, self.sigma_data, self.patch_size = label_dim, sigma_data, patch_size
@@ -391,8 +365,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, class_labels=None):
         """x [N, C, H, W]; sigma scalar or [N]; class_labels one-hot [N, label_dim]. Returns float32 like x."""
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"Denoiser: expected images [N, {self.shape}], got {tuple(x.shape)}")
+        require(tuple(x.shape[1:]) == self.shape, f"Denoiser: expected images [N, {self.shape}], got {tuple(x.shape)}")
         dtype = torch.float64 if self.model.map_layer0.weight.dtype == torch.float64 else torch.float32
         x = x.to(dtype)
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).reshape(-1, 1, 1, 1)

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.networks.checkpoints import fault, fitting, read_edm, read_state_dict, read_tensors
 from dgutils.networks.weights import packed, sha256_of
+
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch files before 1.6 begin with
 
 
 def inspect(path: Path) -> list[str]:
@@ -19,45 +21,41 @@ def inspect(path: Path) -> list[str]:
     REFUSED. Raises UserError if there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file {path}")
+    require(path.is_file(), f"no file {path}")
+    form, found = "broken zip archive", []
     try:
         form, describe = _format(path)
-    except zipfile.BadZipFile as error:
-        form, describe = "broken zip archive", [f"REFUSED: {error}"]
-    lines = [f"{path}: {form}", f"{path.stat().st_size:,} bytes, sha256 {sha256_of(path)}"]
-    try:
-        return lines + (describe(path) if callable(describe) else describe)
-    except UserError as error:
-        return lines + [f"REFUSED: {error}"]
+        found = describe(path)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # UserErrors, and NumPy's of damaged files
+        found = [f"REFUSED: {UserError(error)}"]
+    return [f"{path}: {form}", f"{path.stat().st_size:,} bytes, sha256 {sha256_of(path)}", *found]
 
 
 def _format(path):
-    """A file's format by its content, and its lines or the function that finds them."""
+    """A file's format by its content, and the function that finds its lines."""
     with open(path, "rb") as file:
         start = file.read(16)
     if archive := packed(path):
-        return "packed file", [f"REFUSED: it {archive}: unpack it"]
+        return "packed file", lambda path: [f"REFUSED: it {archive}: unpack it"]
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return "safetensors", _inspect_safetensors
+        return "safetensors", _safetensors
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        inside = zipfile.ZipFile(path).infolist()
-        if all(item.filename.endswith(".npy") for item in inside):
-            return "NumPy arrays", _inspect_npz
-        if any(item.filename.endswith("/constants.pkl") for item in inside):
-            code = sum("/code/" in item.filename and item.filename.endswith(".py") for item in inside)
-            data = [item.file_size for item in inside if "/data/" in item.filename or "/constants/" in item.filename]
+        inside = zipfile.ZipFile(path).namelist()
+        if all(name.endswith(".npy") for name in inside):
+            return "NumPy arrays", _arrays
+        if any(name.endswith("/constants.pkl") for name in inside):
+            code = sum("/code/" in name and name.endswith(".py") for name in inside)
             lines = [f"{code} files of TorchScript, which run when it is used (here they were not)"]
-            return "TorchScript archive", [*lines, f"{sum(data):,} bytes of numbers in {len(data)} records"]
-        return "torch file (zip)", lambda path: _describe(read_state_dict(path))
-    if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # the number that older torch files begin with
-        return "torch file (before 1.6)", lambda path: _describe(read_state_dict(path))
+            return "TorchScript archive", lambda path: lines
+        return "torch file (zip)", lambda path: _network(read_state_dict(path))
+    if start.startswith(OLD_TORCH):
+        return "torch file (before 1.6)", lambda path: _network(read_state_dict(path))
     if start.startswith(b"\x80"):
-        return "pickle", _inspect_pickle
-    return "unknown format", [f"REFUSED: it begins with {start!r}, as no file of weights or arrays does"]
+        return "pickle", _pickle
+    return "unknown format", lambda path: [f"REFUSED: it begins with {start!r}, as no file of weights or arrays does"]
 
 
-def _describe(tensors: dict[str, torch.Tensor]) -> list[str]:
+def _network(tensors: dict[str, torch.Tensor]) -> list[str]:
     """Count, types, first and last entries of a network's tensors, and which published network they fit."""
     shapes = [f"  {name} {list(value.shape)}" for name, value in tensors.items()]
     kinds = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in tensors.values()}))
@@ -69,21 +67,18 @@ def _describe(tensors: dict[str, torch.Tensor]) -> list[str]:
     return lines + ([f"REFUSED: {what}"] if (what := fault(tensors)) else [])
 
 
-def _inspect_pickle(path):
-    config, tensors, about = read_edm(path)
+def _pickle(path):
+    tensors, about = read_edm(path)
     return [f"entry ema: {about['network']}, use_fp16 {about['use_fp16']}",
             *(f"entry {name}: {kind}" for name, kind in about["other_entries"].items()),
-            "config " + ", ".join(f"{k}={v}" for k, v in config.items()), *_describe(tensors)]  # fmt: skip
+            "config " + ", ".join(f"{k}={v}" for k, v in about["config"].items()), *_network(tensors)]  # fmt: skip
 
 
-def _inspect_safetensors(path):
+def _safetensors(path):
     tensors, metadata = read_tensors(path)
-    return [f"{key}: {value}" for key, value in metadata.items()] + _describe(tensors)
+    return [f"{key}: {value}" for key, value in metadata.items()] + _network(tensors)
 
 
-def _inspect_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return [f"  {name} {list(array.shape)} {array.dtype}" for name, array in arrays.items()]
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{error}; nothing of it was run") from error
+def _arrays(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        return [f"  {name} {list(array.shape)} {array.dtype}" for name, array in arrays.items()]

@@ -5,17 +5,17 @@ training. Every draw is a function of (seed, step), so that a training goes on t
 interrupts it. It ends in `<name>.safetensors` (the EMA weights in bfloat16) with its model card `<name>.json`.
 """
 
+import hashlib
+import io
 import json
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 import yaml
@@ -24,11 +24,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgutils import datasets, noise
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
+from dgutils.files import lock, write_file
+from dgutils.machine import device as default_device
+from dgutils.machine import log_line
 from dgutils.networks import adm, edm
-from dgutils.networks.checkpoints import ASSETS, join_parts, model_card, read_tensors, write_tensors
-from dgutils.networks.weights import sha256_of, write_whole
+from dgutils.networks.checkpoints import ASSETS, model_card, read_tensors, write_tensors
+from dgutils.networks.unpickle import load_weights_only
+from dgutils.networks.weights import sha256_of
 
+PART_BYTES = 15 * 2**20  # of weights that must pass where only small files may
 ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
 
 
@@ -47,11 +52,6 @@ def build(recipe: dict) -> nn.Module:
         torch.manual_seed(recipe["training"]["seed"])
         network = ARCHITECTURES[recipe["architecture"]](**recipe["config"])
     return network.to(memory_format=torch.channels_last)
-
-
-def default_device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Draws:
@@ -128,97 +128,57 @@ def ema_decay(training: dict, step: int) -> float:
     return 0.5 ** (training["batch_size"] / max(min(training["ema_half_life"], 0.05 * seen), 1e-8))
 
 
-def _same_course(old: dict, new: dict, step: int) -> bool:
-    """Do two recipes mean the same first `step` steps? The plateau leaves open how long it will last."""
-    lengths = ("images", "decay_images")
-    rests = [r | {"training": {k: v for k, v in r["training"].items() if k not in lengths}} for r in (old, new)]
-    decay_begins = min((t["images"] - t["decay_images"]) // t["batch_size"] for t in (old["training"], new["training"]))
-    return old == new or (rests[0] == rests[1] and step <= decay_begins)
-
-
-def _save(path, model, ema, optimizer, progress) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    write_tensors(path, tensors, {"progress": json.dumps(progress)})
-
-
-def _starting_with(prefix, tensors):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _restore(path, model, ema, optimizer) -> dict:
-    tensors, metadata = read_tensors(path)
-    model.load_state_dict(_starting_with("model.", tensors))
-    ema.load_state_dict(_starting_with("ema.", tensors))
-    state = {}
-    for key, value in _starting_with("optimizer.", tensors).items():
-        index, field = key.split(".")
-        state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads(metadata["progress"])
-
-
 def _begin(name, recipe, checkpoint, model, ema, optimizer, timed) -> dict:
     """Fill network, EMA and optimiser from the checkpoint or from a start's weights; returns the progress."""
-    progress = {"step": 0, "first_step": 0, "seconds": 0.0, "log": []}
+    progress = {"recipe": recipe, "step": 0, "first_step": 0, "seconds": 0.0, "log": []}
     if checkpoint.is_file():
-        progress = _restore(checkpoint, model, ema, optimizer)
-        if not _same_course(progress["recipe"], recipe, progress["step"]):
-            raise UserError(f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
-        return progress | {"recipe": recipe}
+        try:
+            saved = load_weights_only(checkpoint)
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}: restore or delete it") from error
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]})
+        require(saved["progress"]["recipe"] == recipe,
+                f"{checkpoint} was made with another recipe of '{name}': move it away or restore it")
+        return saved["progress"]
     unfinished = (ASSETS / f"{name}.safetensors").is_file() and not model_card(name)["finished"]
     if start := name if unfinished else recipe.get("start"):
         card, images = model_card(start), recipe["training"]["images"]
-        if any(card["recipe"][part] != recipe[part] for part in ("architecture", "config")):
-            raise UserError(f"recipe '{name}' cannot go on from '{start}': give both the same architecture and config")
-        if card["images_seen"] >= images and not timed:
-            raise UserError(f"recipe '{name}' goes on from '{start}', which has seen {card['images_seen']:,} images: "
-                            f"give it more than its {images:,}")
+        require(all(card["recipe"][part] == recipe[part] for part in ("architecture", "config")),
+                f"recipe '{name}' cannot go on from '{start}': give both the same architecture and config")
+        require(timed or card["images_seen"] < images, f"recipe '{name}' goes on from '{start}', which has seen "
+                f"{card['images_seen']:,} images: give it more than its {images:,}")  # fmt: skip
         weights = {key: value.float() for key, value in read_tensors(ASSETS / f"{start}.safetensors")[0].items()}
         model.load_state_dict(weights)
         ema.load_state_dict(weights)
         step = card["images_seen"] // recipe["training"]["batch_size"]
-        progress = {"step": step, "first_step": step, "seconds": card["train_seconds"], "log": card["loss_curve"]}
-    return progress | {"recipe": recipe}
-
-
-@contextmanager
-def _only_one(checkpoint: Path):
-    """Nobody else trains on this checkpoint meanwhile. Raises UserError if somebody does."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(checkpoint.with_suffix(".lock"), timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise UserError(f"{checkpoint}: another process trains it: wait, or give another folder with --out") from error
+        progress |= {"step": step, "first_step": step, "seconds": card["train_seconds"], "log": card["loss_curve"]}
+    return progress
 
 
 @contextmanager
 def _signals():
     """Yields a list that has something in it once SIGINT or SIGTERM asked to stop; a second one ends the process."""
-    asked, usual = [], {}
+    asked = []
 
-    def restore(*asking):
-        asked.extend(asking)
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, usual[number])
 
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        usual |= {number: signal.signal(number, restore) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        restore()
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _finite(name: str, losses: list[torch.Tensor], step: int) -> float:
     """The mean of the last losses before `step`, which waits for the device. Raises UserError if one is not finite."""
     values = torch.stack(losses).tolist() if losses else [0.0]
     for at, value in enumerate(values, step - len(values)):
-        if not math.isfinite(value):
-            raise UserError(f"{name}: loss is {value} at step {at}: lower learning_rate in its recipe")
+        require(math.isfinite(value), f"{name}: loss is {value} at step {at}: lower learning_rate in its recipe")
     return float(np.mean(values))
 
 
@@ -232,16 +192,15 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     the card says), else from the beginning.
     Ends after the recipe's images; or, given `minutes`, when these are over, the learning rate falling to zero over the
     recipe's share of them; or at SIGINT or SIGTERM, after the step it is at. Whichever it is, checkpoint, weights and
-    card are left, as they are every `save_minutes`; saved(weights) is called after each time.
+    card are left, as they are every `save_minutes`; saved(weights) is called after each time. Without the test images
+    the card says null where the held-out loss would be, as it does while the training lasts.
     device: `default_device()` unless given; flips and noise are drawn there, and only what is written waits for it.
     Raises UserError when the loss is not finite, naming the step, for a `start` of another architecture or one that has
     seen all the recipe's images, and if another process trains on the same checkpoint.
     """
     began = last_save = time.monotonic()
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"{minutes} minutes: give a number above 0")
-    if threads is not None and threads < 1:
-        raise UserError(f"{threads} threads: give at least 1")
+    require(minutes is None or 0 < minutes < math.inf, f"{minutes} minutes: give a number above 0")
+    require(threads is None or threads >= 1, f"{threads} threads: give at least 1")
     torch.set_num_threads(threads or torch.get_num_threads())
     recipe, device = load_recipe(name), device or default_device()
     training, loss_of, on_gpu = recipe["training"], LOSSES[recipe["architecture"]], device.type == "cuda"
@@ -257,17 +216,29 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     def passed():
         return step if minutes is None else time.monotonic() - began
 
-    def save(evaluate: bool) -> Path:
+    def save(evaluate: bool) -> None:
         _finite(name, recent, step)  # what is not finite is not saved
-        progress.update(step=step, seconds=before + time.monotonic() - began, finished=passed() >= length,
-                        device=torch.cuda.get_device_name(device) if on_gpu else "CPU")  # fmt: skip
-        _save(checkpoint, model, ema, optimizer, progress)
-        weights = export(name, out_dir, device, evaluate)
-        saved(weights)
-        return weights
+        progress.update(step=step, seconds=before + time.monotonic() - began)
+        parts = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+        torch.save(parts | {"progress": progress}, buffer := io.BytesIO())
+        write_file(checkpoint, buffer.getvalue())
+        # In bfloat16: in mixed precision sampling then computes with these very weights, not with others it rounded.
+        weights = {key: value.bfloat16().cpu() for key, value in parts["ema"].items()}
+        write_tensors(path, weights, {"recipe": json.dumps(recipe)})
+        _write_card(path, {
+            "name": name, "what": recipe["what"], "licence": recipe["licence"],
+            "parameters": sum(v.numel() for v in weights.values()), "images_seen": step * size,
+            "finished": passed() >= length, "optimizer_restarted_at_images": first * size,
+            "train_seconds": round(progress["seconds"]), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if on_gpu else "CPU", "sha256": sha256_of(path),
+            "recipe": recipe, "evaluation": _evaluate(weights, recipe, device) if evaluate else None,
+            "loss_curve": progress["log"],
+        })  # fmt: skip
+        saved(path)
 
-    checkpoint = out_dir / f"{name}.checkpoint.safetensors"
-    with _only_one(checkpoint), _signals() as asked_to_stop:
+    checkpoint, path = out_dir / f"{name}.checkpoint.pt", out_dir / f"{name}.safetensors"
+    with lock(checkpoint.with_suffix(".lock"), False, log_line) as ours, _signals() as asked_to_stop:
+        require(ours, f"{checkpoint}: another process trains it: wait, or give another folder with --out")
         progress = _begin(name, recipe, checkpoint, model, ema, optimizer, minutes is not None)
         step, first, before, recent = progress["step"], progress["first_step"], progress["seconds"], []
         unit = " steps" if minutes is None else "s"
@@ -279,8 +250,6 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
                 loss = loss_of(model, x, labels, Draws(device, seed, 3, step))
             recent.append(loss.detach())
             step += 1
-            if not on_gpu:  # where looking at it waits for nothing
-                _finite(name, recent[-1:], step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -296,37 +265,27 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
                 save(evaluate=False)
                 last_save = time.monotonic()
         bar.close()
-        return save(evaluate=True)
-
-
-def export(name: str, out_dir: Path, device: torch.device | None = None, evaluate: bool = True) -> Path:
-    """Write the EMA weights of a checkpoint as `<name>.safetensors`, with its model card.
-
-    In bfloat16: in mixed precision sampling then computes with these very weights, not with others that it rounded.
-    Without `evaluate`, or without the test images, the card says null where the held-out loss would be.
-    """
-    checkpoint, path = out_dir / f"{name}.checkpoint.safetensors", out_dir / f"{name}.safetensors"
-    if not checkpoint.is_file():
-        raise UserError(f"nothing to export: {checkpoint} is absent: first `python -m dgutils train-score {name}`")
-    tensors, metadata = read_tensors(checkpoint)
-    progress = json.loads(metadata["progress"])
-    recipe, size = progress["recipe"], progress["recipe"]["training"]["batch_size"]
-    weights = {k: v.bfloat16() for k, v in _starting_with("ema.", tensors).items()}
-    write_tensors(path, weights, {"recipe": json.dumps(recipe)})
-    _write_card(path, {
-        "name": name, "what": recipe["what"], "licence": recipe["licence"],
-        "parameters": sum(v.numel() for v in weights.values()), "images_seen": progress["step"] * size,
-        "finished": progress["finished"], "optimizer_restarted_at_images": progress["first_step"] * size,
-        "train_seconds": round(progress["seconds"]), "device": progress["device"], "torch": torch.__version__,
-        "sha256": sha256_of(path), "recipe": recipe,
-        "evaluation": _evaluate(weights, recipe, device or default_device()) if evaluate else None,
-        "loss_curve": progress["log"],
-    })  # fmt: skip
+        save(evaluate=True)
     return path
 
 
 def _write_card(weights: Path, card: dict) -> None:
-    write_whole(weights.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    write_file(weights.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+
+
+def write_parts(path: Path, folder: Path) -> list[Path]:
+    """Copy a file into `folder` as NAME.part0, NAME.part1, ... of at most `PART_BYTES` each; returns their paths.
+
+    Parts of an earlier, longer file are removed. `join` puts them together.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data, parts = path.read_bytes(), []
+    for number, start in enumerate(range(0, len(data), PART_BYTES)):
+        parts.append(folder / f"{path.name}.part{number}")
+        write_file(parts[-1], data[start : start + PART_BYTES])
+    for stale in set(folder.glob(f"{path.name}.part*")) - set(parts):
+        stale.unlink()
+    return parts
 
 
 def join(name: str, folder: Path, out_dir: Path) -> Path:
@@ -334,12 +293,16 @@ def join(name: str, folder: Path, out_dir: Path) -> Path:
 
     Raises UserError if a part is missing or the checksum is not the card's.
     """
-    card_path = folder / f"{name}.json"
-    if not card_path.is_file():
-        raise UserError(f"{card_path} is absent: it belongs to the weights, and holds their checksum")
+    card_path, path = folder / f"{name}.json", out_dir / f"{name}.safetensors"
+    require(card_path.is_file(), f"{card_path} is absent: it belongs to the weights, and holds their checksum")
     card = json.loads(card_path.read_text())
+    parts = sorted(folder.glob(f"{path.name}.part*"), key=lambda part: int(part.name.rpartition("part")[2]))
+    data = b"".join(part.read_bytes() for part in parts)
+    require(hashlib.sha256(data).hexdigest() == card["sha256"],
+            f"{folder / path.name}.part*: the {len(parts)} parts are not the file with checksum {card['sha256'][:12]}: "
+            "is one missing, or of another file?")  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)
-    path = join_parts(folder / f"{name}.safetensors", out_dir / f"{name}.safetensors", card["sha256"])
+    write_file(path, data)
     card["evaluation"] = card["evaluation"] or _evaluate(read_tensors(path)[0], card["recipe"], default_device())
     _write_card(path, card)
     return path

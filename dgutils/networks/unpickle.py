@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -192,32 +192,26 @@ def read_pickle(path: Path):
     except Exception as error:  # a program that does not work fails in a dozen ways
         if not refused:
             raise UserError(f"{path} is not a network pickle, or is cut short ({error}): get it again") from error
-    if refused:
-        raise UserError(f"{path} refused: it names {', '.join(sorted(set(refused)))}, which no network needs; "
-                        "nothing of it was run")
+    require(not refused, f"{path} refused: it names {', '.join(sorted(set(refused)))}, which no network needs; "
+            "nothing of it was run")  # fmt: skip
     return found
 
 
 def state_dict(module: Saved, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers of a saved torch module, named as torch names them.
+    """Parameters and buffers of a saved torch module, named as torch names them; they are taken out of it.
 
-    Raises UserError if the object is not a torch module.
+    Raises UserError for what is no torch module of its own: one that stands in two places, or within itself, is empty
+    at the second.
     """
-    tensors, pending, seen = {}, [(prefix, module)], set()
-    while pending:
-        prefix, module = pending.pop(0)
-        fresh = type(module) is Saved and id(module) not in seen
-        parts = [module.state.get(key) for key in ("_parameters", "_buffers", "_modules")] if fresh else [None]
-        if not all(type(part) is dict for part in parts):
-            raise UserError(f"the object at '{prefix}' is not a torch module of its own")
-        seen.add(id(module))
-        parameters, buffers, children = parts
-        passing = module.state.get("_non_persistent_buffers_set", ())
-        for key, value in (parameters | {k: v for k, v in buffers.items() if k not in passing}).items():
-            if type(value) not in (torch.Tensor, type(None)):
-                raise UserError(f"{prefix}{key} is not a tensor")
-            tensors |= {f"{prefix}{key}": value} if value is not None else {}
-        pending[:0] = [(f"{prefix}{key}.", child) for key, child in children.items() if child is not None]
+    state = module.state if type(module) is Saved else {}
+    parameters, buffers, children = (state.pop(key, None) for key in ("_parameters", "_buffers", "_modules"))
+    require(type(parameters) is type(buffers) is type(children) is dict,
+            f"the object at '{prefix}' is not a torch module of its own")
+    tensors = {f"{prefix}{key}": value for key, value in (parameters | buffers).items() if value is not None}
+    for key, value in tensors.items():
+        require(type(value) is torch.Tensor, f"{key} is not a tensor")
+    for key, child in children.items():
+        tensors |= state_dict(child, f"{prefix}{key}.") if child is not None else {}
     return tensors
 
 
