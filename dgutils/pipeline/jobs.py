@@ -31,7 +31,7 @@ from dgutils.pipeline import ranks
 from dgutils.pipeline.store import KEPT, Artifact, ShardedSet, Store, digest_of_json
 from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
 from dgutils.terminal import bar, note
-from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
+from dgutils.training import Split, TrainingSettings, train_discriminators
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "statistics": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
@@ -384,7 +384,7 @@ class Trained:
                 checkpoints.clock(config.feature_extractor), config.sequential, config.resampling, config.kept,
                 config.parts)  # fmt: skip
             members = train_discriminators(extractor, partial(init_head, config.head, config.seed), learn, validate,
-                                           settings, Callbacks(progress, checkpoint, resume), group)  # fmt: skip
+                                           settings, progress, checkpoint, resume, group)  # fmt: skip
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
                   for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
                   for k, v in state.items()}  # fmt: skip
@@ -572,18 +572,14 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
 
 
 def statistics(store: Store, images: ImageSet | RealSet, space: str) -> metrics.FeatureStats:
-    """Mean and covariance of a set's features, in float64; of torchrun's ranks each sums its share of the rows."""
+    """Mean and covariance of a set's features, in float64."""
     def make(folder):
-        x, group = features(store, images, space), ranks.group()
-        rows = x[group.slice(len(x))]
-        stats = metrics.FeatureStats(rows if len(rows) else None).all_reduce(x.shape[1], group.sum)
+        stats = metrics.FeatureStats.of(features(store, images, space))
         np.savez(folder / "statistics.npz", n=stats.n, mean=stats.mean, scatter=stats.scatter)
 
     path = ranks.group().ensure(_of_features(store, "statistics", images, space), make).path / "statistics.npz"
-    stats = metrics.FeatureStats()
     with np.load(path, allow_pickle=False) as stored:
-        stats.n, stats.mean, stats.scatter = int(stored["n"]), stored["mean"], stored["scatter"]
-    return stats
+        return metrics.FeatureStats(int(stored["n"]), stored["mean"], stored["scatter"])
 
 
 @dataclass(frozen=True)

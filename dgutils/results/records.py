@@ -19,7 +19,6 @@ from dgutils.results.provenance import lineage
 from dgutils.results.statements import HIGHER, LOWER, direction, with_words
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "report" / "published.csv"
-SUMMARY = ("arms", "arms_second", "rules")  # of notebooks 04 and 06; the first of 05 where 04 does not run
 KEY = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 
 
