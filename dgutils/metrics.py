@@ -17,35 +17,25 @@ from dgutils.errors import UserError, require
 # ---- Fréchet distance ------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class FeatureStats:
-    """Mean and covariance of features in float64; memory [d,d] whatever n."""
+    """Mean [d] and scatter [d,d] of n rows of features, in float64; memory [d,d] whatever n."""
 
-    def __init__(self, features=None):
-        self.n, self.mean, self.scatter = 0, None, None
-        if features is not None:
-            x = as_features(features)
-            self.n, self.mean = len(x), x.mean(axis=0, dtype=np.float64)  # [d]
-            self.scatter = np.zeros((x.shape[1], x.shape[1]))
-            for _, rows in blocks(x, 4096):
-                centred = rows - self.mean
-                self.scatter += centred.T @ centred  # [d,d]
+    n: int
+    mean: np.ndarray
+    scatter: np.ndarray
 
-    def all_reduce(self, dim: int, sum_over_processes: Callable[[torch.Tensor], object]) -> "FeatureStats":
-        """The statistics of all processes' rows together; every process calls it, those without rows too.
-
-        sum_over_processes adds up a float64 tensor in place, as torch.distributed.all_reduce does.
-        """
-        mean = np.zeros(dim) if self.mean is None else self.mean
-        same_dim(np.empty(dim), mean)
-        sums, pooled = torch.from_numpy(np.append(self.n * mean, self.n)), FeatureStats()
-        sum_over_processes(sums)
-        pooled.n = round(sums[-1].item())
-        pooled.mean = sums[:-1].numpy() / max(pooled.n, 1)
-        delta = mean - pooled.mean  # each process's scatter, about the common mean, is then a plain sum
-        scatter = torch.from_numpy(self.n * np.outer(delta, delta) + (0 if self.scatter is None else self.scatter))
-        sum_over_processes(scatter)
-        pooled.scatter = scatter.numpy()
-        return pooled
+    @classmethod
+    def of(cls, given) -> "FeatureStats":
+        """The statistics of features [N,d]; statistics stay as they are."""
+        if isinstance(given, cls):
+            return given
+        x = as_features(given)
+        mean, scatter = x.mean(axis=0, dtype=np.float64), np.zeros((x.shape[1], x.shape[1]))
+        for _, rows in blocks(x, 4096):
+            centred = rows - mean
+            scatter += centred.T @ centred
+        return cls(len(x), mean, scatter)
 
     @property
     def cov(self) -> np.ndarray:
@@ -74,19 +64,15 @@ class FrechetReference:
     """
 
     def __init__(self, features_or_stats):
-        stats = self._stats(features_or_stats)
+        stats = FeatureStats.of(features_or_stats)
         self.mean, self.trace = stats.mean, float(np.trace(stats.cov))
         values, vectors = np.linalg.eigh(stats.cov)
         keep = _above_rounding(values)
         self.root = vectors[:, keep] * np.sqrt(values[keep])  # [d,r]
 
-    @staticmethod
-    def _stats(given) -> FeatureStats:
-        return given if isinstance(given, FeatureStats) else FeatureStats(given)
-
     def distance(self, features_or_stats) -> float:
         """Squared Fréchet distance to the reference, in squared feature units."""
-        stats = self._stats(features_or_stats)
+        stats = FeatureStats.of(features_or_stats)
         same_dim(self.mean, stats.mean)
         cov, delta = stats.cov, stats.mean - self.mean
         cross = _sum_sqrt(np.linalg.eigvalsh(self.root.T @ cov @ self.root))
@@ -127,7 +113,7 @@ class FrechetReference:
     # Influence of one row z = x - mean, with M = R^T C R:  2 delta.z + |z|^2 - z^T R M^(-1/2) R^T z,
     # since d tr sqrt(M) = tr(M^(-1/2) dM) / 2.
     def _linear_distances(self, x: np.ndarray, indices) -> np.ndarray:
-        stats = FeatureStats(x)
+        stats = FeatureStats.of(x)
         values, vectors = np.linalg.eigh(self.root.T @ stats.cov @ self.root)
         keep, influence = _above_rounding(values), np.empty(len(x))
         whiten = self.root @ (vectors[:, keep] * values[keep] ** -0.25)  # [d,r]

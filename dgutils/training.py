@@ -54,21 +54,6 @@ class Split:
     labels: np.ndarray
 
 
-@dataclass(frozen=True)
-class Callbacks:
-    """Whom a training tells what.
-
-    progress(name, row): every new row of a member's history. checkpoint(tensors, info): after every pass, all that the
-    training is, as flat CPU tensors and a JSON-able dict; from such a pair as `resume` it goes on to the same bits.
-    """
-
-    progress: Callable[[str, dict], None] | None = None
-    checkpoint: Callable[[dict, dict], None] | None = None
-    resume: tuple[dict, dict] | None = None
-
-
-QUIET = Callbacks()
-
 # What a training asks of the ranks that share it, answered for one process: how many they are, this one's part of n
 # things (the parts follow each other), and to replace each tensor by its sum over all ranks, the same bits on all.
 ONE_PROCESS = SimpleNamespace(world=1, slice=slice, sum=lambda *tensors: None)
@@ -293,7 +278,7 @@ def _passes(settings: TrainingSettings) -> list[tuple[int, list[int]]]:
 
 
 def _snapshot(trainees, passes_done: int) -> tuple[dict, dict]:
-    """All that a training is, for `Callbacks.checkpoint`."""
+    """All that a training is, for its checkpoint."""
     tensors = {f"{m}.{key}": value for m, trainee in enumerate(trainees) for key, value in trainee.tensors().items()}
     return tensors, {"rounds_done": passes_done, "histories": [list(trainee.history) for trainee in trainees]}
 
@@ -307,11 +292,14 @@ def _restore(trainees, tensors, info) -> int:
 
 
 def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn: Split, validate: Split,
-                         settings: TrainingSettings, callbacks: Callbacks = QUIET,
-                         ranks=ONE_PROCESS) -> list[Trainee]:  # fmt: skip
+                         settings: TrainingSettings, progress: Callable[[str, dict], None] | None = None,
+                         checkpoint: Callable[[dict, dict], None] | None = None,
+                         resume: tuple[dict, dict] | None = None, ranks=ONE_PROCESS) -> list[Trainee]:
     """Train independent heads on a frozen extractor's features of noised images, real against generated.
 
-    make_head(m): a fresh head of member m. ranks: as `ONE_PROCESS`; all call this alike.
+    make_head(m): a fresh head of member m. progress(name, row) is told every new row of a member's history,
+    checkpoint(tensors, info) after every pass all that the training is, as flat CPU tensors and a JSON-able dict; from
+    such a pair as `resume` it goes on to the same bits. ranks: as `ONE_PROCESS`; all call this alike.
     Raises UserError for a loss that is not finite, unbalanced data, fewer images than a batch, unusable settings.
     """
     _check([learn, validate], settings)
@@ -321,7 +309,7 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
     times = RESAMPLINGS[settings.resampling](np.asarray(learn.labels), len(settings.members), settings.seed)
     trainees = [Trainee(config, make_head(m).to(device), times[m], [epoch for k, epoch in settings.kept if k == m])
                 for m, config in enumerate(settings.members)]  # fmt: skip
-    done = _restore(trainees, *callbacks.resume) if callbacks.resume else 0
+    done = _restore(trainees, *resume) if resume else 0
     with _side_by_side(device) as each:
         losses = partial(part_losses, extractor, settings, each)
         for number, (epoch, active) in list(enumerate(_passes(settings)))[done:]:
@@ -347,8 +335,8 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
 
             for trainee, *scores in zip(now, train, validation, strict=True):
                 trainee.record(epoch + 1, *scores)
-                if callbacks.progress:
-                    callbacks.progress(trainee.config.name, trainee.history[-1])
-            if callbacks.checkpoint:
-                callbacks.checkpoint(*_snapshot(trainees, number + 1))
+                if progress:
+                    progress(trainee.config.name, trainee.history[-1])
+            if checkpoint:
+                checkpoint(*_snapshot(trainees, number + 1))
     return trainees

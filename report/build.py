@@ -190,12 +190,12 @@ def entry(about: trace.Origin, most: int = 4) -> str:
     return "; ".join(facts) + "."
 
 
-def write_latex(profile: str, root: Path | str | None = None, out_dir: Path | str | None = None) -> list[str]:
-    """Write numbers.tex and the method's diagram for report/main.tex; what did not change stays as it is.
+def write_latex(profile: str) -> list[str]:
+    """Write generated/numbers.tex and method.pdf for report/main.tex; what did not change stays as it is.
 
     Returns why the results are stale, a line each. A key that the text uses and nobody recorded stops LaTeX.
     """
-    results, out_dir = load_results(profile, root), Path(out_dir or repo_root() / "report" / "generated").absolute()
+    results, out_dir = load_results(profile), repo_root() / "report" / "generated"
     stale = trace.stale(results)
     lines = ["% Written by report/build.py from the results of one profile; edits are lost.",
              rf"\def\dgprofile{{{latex_escape(profile)}}}",

@@ -16,7 +16,7 @@ from pygments.formatters import HtmlFormatter
 from dgutils.cli.summary import sentences
 from dgutils.errors import UserError
 from dgutils.paths import figures_dir, repo_root, runs_dir
-from dgutils.results.records import SUMMARY, Results, load_results, why, write_if_changed
+from dgutils.results.records import Results, load_results, why, write_if_changed
 from report.build import Parser, script, spaces, watermark
 from report.trace import revision, stale
 
@@ -114,7 +114,8 @@ def build(profile: str) -> Path:
             figures.append(f'<figure><img src="figures/{name}.png" alt="{name}"><figcaption>{caption} '
                            f'<a href="{results.figures[name]["notebook"]}.html">{name}</a></figcaption></figure>')
     notes = [f"Profile {mark}: a demonstration."] if (mark := watermark(results)) else []
-    tables = [name for name in (*SUMMARY, "ladder", "trainings", "ledger") if name in results.tables]
+    order = ("arms", "arms_second", "rules", "ladder", "trainings", "ledger")
+    tables = [name for name in order if name in results.tables]
     found, answer = sentences(results), why(results, spaces(results))
     run = next(iter(results.runs.values()))
     body = "\n".join([

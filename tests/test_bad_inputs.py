@@ -164,9 +164,9 @@ CASES = {
     # scores
     "features of one row": (lambda s: metrics.frechet_distance(FEATURES[:1], FEATURES), "at least 2 images, got 1"),
     "features that are no matrix": (lambda s: metrics.frechet_distance(FEATURES[0], FEATURES), r"matrix \[N,d\], got shape \(4,\)"),
-    "features of no columns": (lambda s: metrics.FeatureStats(FEATURES[:, :0]), "matrix"),
+    "features of no columns": (lambda s: metrics.FeatureStats.of(FEATURES[:, :0]), "matrix"),
     "features of two spaces": (lambda s: metrics.frechet_distance(FEATURES, FEATURES[:, :3]), "feature dimensions differ"),
-    "NaN in features": (lambda s: metrics.FeatureStats(nan_at(FEATURES, 3)), r"1 feature rows are not finite \(rows 3\)"),
+    "NaN in features": (lambda s: metrics.FeatureStats.of(nan_at(FEATURES, 3)), r"1 feature rows are not finite \(rows 3\)"),
     "fewer images than neighbours": (lambda s: metrics.PairReference(FEATURES[:5]), "at least 6 feature rows, got 5"),
     "no neighbours": (lambda s: metrics.PairReference(FEATURES, 0), "k_pr 0"),
     "fewer generated than neighbours": (lambda s: metrics.PairReference(FEATURES).compare(FEATURES[:3]), "at least 4 feature rows, got 3"),

@@ -22,7 +22,7 @@ from dgutils.discriminator import (
 from dgutils.errors import UserError
 from dgutils.networks.adm import EncoderUNet, init_head
 from dgutils.noise import keyed_rng, vp_scale, vp_time_to_sigma
-from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
+from dgutils.training import Split, TrainingSettings, train_discriminators
 
 EXTRACTOR = dict(image_size=8, in_channels=1, model_channels=8, out_channels=3, num_res_blocks=0,
                  attention_resolutions=(), channel_mult=(1,), num_head_channels=8, patch_size=2, num_group_channels=4)
@@ -186,7 +186,7 @@ def train_with(extractor, head, learn, validate, members, batch_size, seed=0, **
     callbacks = {key: options.pop(key) for key in ("progress", "checkpoint", "resume") if key in options}
     settings = TrainingSettings(tuple(members), batch_size, seed, **options)
     return train_discriminators(extractor, partial(init_head, head, seed), Split(*learn), Split(*validate), settings,
-                                Callbacks(**callbacks))
+                                **callbacks)
 
 
 def train(members, extractor=None, n=192, batch_size=50, **options):

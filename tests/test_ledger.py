@@ -54,10 +54,10 @@ PARAMETERS = SimpleNamespace(profile="quick", feature_spaces=["own"], num_refere
 
 
 @pytest.fixture
-def ledger(tmp_path):
+def ledger():
     """The ledger of a notebook whose arms are their scores."""
-    experiment = SimpleNamespace(parameters=PARAMETERS, scores=lambda arm, space, reference: arm)
-    return Ledger(experiment, "04_evaluation", tmp_path)
+    return Ledger(SimpleNamespace(parameters=PARAMETERS, notebook="04_evaluation",
+                                  scores=lambda arm, space, reference: arm))
 
 
 def test_arms_are_compared_recorded_and_shown(ledger):

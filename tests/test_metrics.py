@@ -1,6 +1,5 @@
 """Closed forms, brute force and independent implementations for dgutils.metrics, in float64."""
 
-import threading
 
 import bench_metrics
 import numpy as np
@@ -19,9 +18,7 @@ def gaussian(seed, n, d, scale=1.0, shift=0.0):
 
 
 def stats_of(mean, cov, n=1001):
-    stats = metrics.FeatureStats()
-    stats.n, stats.mean, stats.scatter = n, np.asarray(mean, float), np.asarray(cov, float) * (n - 1)
-    return stats
+    return metrics.FeatureStats(n, np.asarray(mean, float), np.asarray(cov, float) * (n - 1))
 
 
 def paired(statistic, a, b, n_resamples, seed, other_resamples=None):
@@ -44,7 +41,7 @@ def test_frechet_singular_covariance_closed_form():
 
 
 def test_frechet_matches_sqrtm():
-    a, b = metrics.FeatureStats(gaussian(0, 300, 12)), metrics.FeatureStats(gaussian(1, 200, 12, 1.3, 0.5))
+    a, b = metrics.FeatureStats.of(gaussian(0, 300, 12)), metrics.FeatureStats.of(gaussian(1, 200, 12, 1.3, 0.5))
     delta = a.mean - b.mean
     want = delta @ delta + np.trace(a.cov + b.cov - 2 * sqrtm(a.cov @ b.cov).real)
     assert abs(metrics.frechet_distance(a, b) / want - 1) < 1e-8
@@ -66,42 +63,9 @@ def test_frechet_to_itself_is_zero(n):
 
 def test_stats_far_from_zero_lose_no_digits():
     x = gaussian(5, 500, 8, shift=1e6)  # a naive sum of squares loses 12 digits here
-    stats, want = metrics.FeatureStats(x), np.cov(x, rowvar=False)
+    stats, want = metrics.FeatureStats.of(x), np.cov(x, rowvar=False)
     assert stats.n == 500 and abs(stats.mean - x.mean(0)).max() < 1e-10 * 1e6
     assert abs(stats.cov - want).max() < 1e-10 * abs(want).max()
-
-
-def test_processes_pool_their_statistics():
-    x = gaussian(30, 500, 8, shift=100)
-    want = metrics.FeatureStats(x)
-    for cuts in ([], [250], [7, 7, 300]):  # one, two and four processes, one of the four without rows
-        parts = np.split(x, cuts)
-        barrier, shared = threading.Barrier(len(parts)), []
-
-        def sum_over_processes(tensor, barrier=barrier, shared=shared):
-            shared.append(tensor.clone())
-            barrier.wait()
-            total = sum(shared)
-            barrier.wait()
-            tensor.copy_(total)
-            shared.clear()
-            barrier.wait()
-
-        pooled = [None] * len(parts)
-
-        def work(rank, parts=parts, pooled=pooled, reduce=sum_over_processes):
-            stats = metrics.FeatureStats(parts[rank]) if len(parts[rank]) else metrics.FeatureStats()
-            pooled[rank] = stats.all_reduce(8, reduce)
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        for stats in pooled:
-            assert stats.n == 500
-            assert abs(stats.mean - want.mean).max() < 1e-12 * abs(want.mean).max()
-            assert abs(stats.cov - want.cov).max() < 1e-12 * abs(want.cov).max()
 
 
 @pytest.mark.parametrize(("n", "d", "n_ref"), [(40, 60, 200), (120, 20, 200), (40, 60, 30)])
@@ -303,18 +267,16 @@ GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
     (lambda: metrics.frechet_distance(GOOD, GOOD[:, :4]), "dimensions differ"),
     (lambda: metrics.FrechetReference(GOOD).bootstrap_distances(GOOD[:, :4], [[0, 1]]), "dimensions differ"),
     (lambda: metrics.kid(GOOD, GOOD[:, :4]), "dimensions differ"),
-    (lambda: metrics.FeatureStats(np.empty((0, 3))), "need at least 1 feature rows, got 0"),
-    (lambda: metrics.frechet_distance(metrics.FeatureStats(), GOOD), "at least 2 images, got 0"),
+    (lambda: metrics.FeatureStats.of(np.empty((0, 3))), "need at least 1 feature rows, got 0"),
     (lambda: metrics.frechet_distance(GOOD, GOOD[:1]), "at least 2 images, got 1"),
     (lambda: metrics.kid(GOOD, GOOD[:1]), "at least 2"),
     (lambda: metrics.frechet_distance(GOOD, HOLED), "6 feature rows are not finite .rows 0, 1, 2, 3, 4, 5.: check"),
-    (lambda: metrics.FeatureStats(np.repeat(HOLED, 2, axis=0)), r"12 feature rows .* 6, 7 \.\.\.\)"),
+    (lambda: metrics.FeatureStats.of(np.repeat(HOLED, 2, axis=0)), r"12 feature rows .* 6, 7 \.\.\.\)"),
     (lambda: metrics.PairReference(np.where(np.eye(6) > 0, np.inf, 1)), "not finite"),
     (lambda: metrics.PairReference(GOOD).compare(np.diag([1, 1, np.nan, 1, 1, 1])), r"1 feature rows .*rows 2\)"),
     (lambda: metrics.PairReference(GOOD).compare(GOOD[:3]), "at least 4 feature rows, got 3"),
     (lambda: metrics.PairReference(GOOD[:5]), "at least 6 feature rows, got 5"),
     (lambda: metrics.PairReference(GOOD, k_pr=0), "k_pr 0"),
-    (lambda: metrics.FeatureStats(GOOD).all_reduce(4, lambda tensor: None), "dimensions differ"),
     (lambda: paired(np.mean, GOOD, GOOD, 10, seed=0, other_resamples=9), "equal resamples"),
     (lambda: metrics.binary_scores([0.0], [0.5]), "labels 0"),
     (lambda: features.extract(np.zeros((0, 4, 4, 3), np.uint8), lambda x: x), "N > 0"),
@@ -406,7 +368,7 @@ def test_features_too_large_for_a_score_are_refused(size, dtype):
     (lambda: metrics.kid([[1.0, 2.0], [3.0]], Y), "list of equal shapes"),
     (lambda: metrics.kid(torch.from_numpy(X).to_sparse(), Y), "give an array, a tensor"),
     (lambda: metrics.kid(X[:, 0], Y), "matrix"),
-    (lambda: metrics.FeatureStats(X[None]), "matrix"),
+    (lambda: metrics.FeatureStats.of(X[None]), "matrix"),
     (lambda: metrics.PairReference(X, block=0), "block 0"),
     (lambda: metrics.PairReference(X, k_dc=2.5), "k_dc 2.5"),
     (lambda: metrics.PairReference(X).compare(Y, -1), "n_resamples -1"),

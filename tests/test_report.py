@@ -107,11 +107,12 @@ def test_every_source_of_the_list_is_cited():
     assert cited == set(re.findall(r"^@\w+{([^,]+),", listed, re.MULTILINE))
 
 
-def test_settings_of_a_run_are_recorded(tmp_path):
-    recorder = blank_ledger("quick", "01_fake_samples", tmp_path)
+def test_settings_of_a_run_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
+    recorder = blank_ledger("quick", "01_fake_samples")
     recorder.settings(dict(num_steps=18, sigma_max=80.0, min_time=1e-5, boosting="none", epochs=[60, 40], watermark=""))
     recorder.write()
-    loaded = load_results("quick", tmp_path)
+    loaded = load_results("quick")
     assert {key: loaded.text(key) for key in recorder.records} == {
         "settings.num_steps": "18", "settings.sigma_max": "80", "settings.min_time": "1e-05",
         "settings.boosting": "none", "settings.epochs": "60, 40", "settings.watermark": ""}

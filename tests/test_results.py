@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,14 +22,18 @@ from report.build import latex_escape, latex_value, write_latex
 WHERE = dict(label="FD", section="The table of arms")
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "results"
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """The folder of results, in a clone of nothing but what the report's numbers are written with."""
+    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
+    for name in ("notebooks/profiles", "docs"):
+        shutil.copytree(Path(__file__).resolve().parents[1] / name, tmp_path / name)
+    return tmp_path / "report/results"
 
 
-def evaluation(root, fd=13.812345678901234, profile="quick"):
+def evaluation(fd=13.812345678901234, profile="quick"):
     """The recorder of a small evaluation notebook."""
-    recorder = blank_ledger(profile, "04_evaluation", root)
+    recorder = blank_ledger(profile, "04_evaluation")
     recorder.value("fd.unguided", Interval(25.3, 24.8, 25.9, 0.95, 0), n=1000, seeds=range(50, 1050), **WHERE)
     recorder.value("fd.ensemble", Interval(fd, 13.1, 14.6, 0.95, 0), artifacts=["ab" * 32], **WHERE)
     recorder.value("kid.ensemble", np.float32(-0.00012), digits=4, **WHERE)
@@ -44,9 +49,9 @@ def evaluation(root, fd=13.812345678901234, profile="quick"):
 
 
 def test_records_come_back_at_full_precision_with_their_origin(root):
-    path = evaluation(root).write()
+    path = evaluation().write()
     assert path == root / "quick" / "04.json"
-    loaded = load_results("quick", root)
+    loaded = load_results("quick")
     record = loaded["fd.ensemble"]
     assert record["value"] == 13.812345678901234 and record["artifacts"] == ["ab" * 32]
     assert record["notebook"] == "04_evaluation" and record["cell"] == "The table of arms"
@@ -56,12 +61,12 @@ def test_records_come_back_at_full_precision_with_their_origin(root):
 
 
 def test_same_results_leave_the_file_alone_and_new_ones_change_it(root, monkeypatch):
-    path = evaluation(root).write()
+    path = evaluation().write()
     before = path.read_bytes()
     monkeypatch.setattr(ledger, "now", lambda: "2100-01-01T00:00:00+00:00")
-    evaluation(root).write()
+    evaluation().write()
     assert path.read_bytes() == before
-    evaluation(root, fd=13.8).write()
+    evaluation(fd=13.8).write()
     content = json.loads(path.read_text())
     assert content["records"]["fd.ensemble"]["value"] == 13.8
     assert content["provenance"]["date"].startswith("2100")
@@ -76,11 +81,11 @@ def test_same_results_leave_the_file_alone_and_new_ones_change_it(root, monkeypa
     (dict(key="fd", value=Interval(1.0, 0, float("inf"), 0.95, 0)), "fd is inf")])
 def test_bad_records_are_refused(root, arguments, words):
     with pytest.raises(UserError, match=words):
-        blank_ledger("quick", "04_evaluation", root).value(**arguments, **WHERE)
+        blank_ledger("quick", "04_evaluation").value(**arguments, **WHERE)
 
 
-def test_bad_tables_are_refused(root):
-    recorder = blank_ledger("quick", "04_evaluation", root)
+def test_bad_tables_are_refused():
+    recorder = blank_ledger("quick", "04_evaluation")
     with pytest.raises(UserError, match="table name 'a b'"):
         recorder.show("a b", ["x"], [])
     with pytest.raises(UserError, match="every row needs 2 cells"):
@@ -88,32 +93,32 @@ def test_bad_tables_are_refused(root):
 
 
 def test_profiles_never_mix(root):
-    evaluation(root).write()
+    evaluation().write()
     (root / "paper").mkdir()
     shutil.copy(root / "quick" / "04.json", root / "paper" / "04.json")
     with pytest.raises(UserError, match="results of profile 'quick': remove it"):
-        load_results("paper", root)
+        load_results("paper")
 
 
-def test_missing_damaged_and_double_results_are_refused(root):
+def test_missing_damaged_and_double_results_are_refused():
     with pytest.raises(UserError, match="make reproduce PROFILE=quick"):
-        load_results("quick", root)
-    path = evaluation(root).write()
-    other = blank_ledger("quick", "05_reproduction", root)
+        load_results("quick")
+    path = evaluation().write()
+    other = blank_ledger("quick", "05_reproduction")
     other.value("fd.ensemble", 1.0, **WHERE)
     other.write()
     with pytest.raises(UserError, match="'fd.ensemble' is recorded elsewhere too"):
-        load_results("quick", root)
+        load_results("quick")
     for damage in ("", "{", "[]"):
         path.write_text(damage)
         with pytest.raises(UserError, match="04.json is not a results file"):
-            load_results("quick", root)
+            load_results("quick")
 
 
 def test_unwritable_results_are_one_clear_line(tmp_path):
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "report").write_text("in the way")
     with pytest.raises(UserError, match="cannot read and write under"):
-        evaluation(tmp_path / "file").write()
+        evaluation().write()
 
 
 def test_published_numbers():
@@ -155,28 +160,28 @@ def test_latex_escape():
         r"a\_b \& 5\% \{x\} \$1 \#2 \textasciitilde{}\textasciicircum{} \textbackslash{}n")
 
 
-def test_tables_in_markdown(root):
-    evaluation(root).write()
-    assert load_results("quick", root).markdown("arms") == """\
+def test_tables_in_markdown():
+    evaluation().write()
+    assert load_results("quick").markdown("arms") == """\
 | Arm              | FD                | KID     | EDM  |
 |------------------|-------------------|---------|------|
 | Unguided & plain | 25.3 [24.8, 25.9] |         | 2.03 |
 | Ensemble         | 13.8 [13.1, 14.6] | -0.0001 | 1.77 |"""
 
 
-def test_unknown_names_are_one_clear_line(root):
-    recorder = evaluation(root)
+def test_unknown_names_are_one_clear_line():
+    recorder = evaluation()
     recorder.tables["wrong"] = {"columns": ["Arm", "FD"], "rows": [("Unguided", "fd.ungided")], "caption": ""}
     recorder.write()
     with pytest.raises(UserError, match="no result 'fd.ungided' in profile quick"):
-        write_latex("quick", root, root / "generated")
+        write_latex("quick")
     with pytest.raises(UserError, match="no table 'arm' in profile quick"):
-        load_results("quick", root).markdown("arm")
+        load_results("quick").markdown("arm")
 
 
-def test_latex_holds_every_number_and_changes_only_with_results(root, tmp_path):
-    path, generated = evaluation(root).write(), tmp_path / "generated"
-    write_latex("quick", root, generated)
+def test_latex_holds_every_number_and_changes_only_with_results(root):
+    path, generated = evaluation().write(), root.with_name("generated")
+    write_latex("quick")
     numbers = generated / "numbers.tex"
     lines = numbers.read_text().splitlines()
     for what, key, text in (
@@ -195,20 +200,20 @@ def test_latex_holds_every_number_and_changes_only_with_results(root, tmp_path):
     assert r"\def\dgprofile{quick}" in lines and r"\def\dgwatermark{quick}" in lines
 
     made = {file: file.stat().st_mtime_ns for file in generated.iterdir()}
-    write_latex("quick", root, generated)
+    write_latex("quick")
     assert {file: file.stat().st_mtime_ns for file in generated.iterdir()} == made
     path.write_text(path.read_text().replace("13.812345678901234", "13.912345678901234"))
-    write_latex("quick", root, generated)
+    write_latex("quick")
     assert r"\dg@set{value}{fd.ensemble}{13.9}" in numbers.read_text()
 
 
-def test_two_columns_of_one_name_are_told_apart(root, tmp_path):
-    recorder = evaluation(root)
+def test_two_columns_of_one_name_are_told_apart(root):
+    recorder = evaluation()
     recorder.show("ladder", ["Arm", "FD (one space)", "step", "KID", "step (other)"],
                    [("Ensemble", "fd.ensemble", "fd.unguided", None, "kid.ensemble")])
     recorder.write()
-    write_latex("quick", root, tmp_path)
-    text = (tmp_path / "numbers.tex").read_text()
+    write_latex("quick")
+    text = (root.with_name("generated") / "numbers.tex").read_text()
     assert r"\dg@set{columns}{ladder}{fd,step,kid,step-2}" in text
     assert r"\dg@set{cell}{ladder/1/step}{25.3" in text
     assert r"\dg@set{cell}{ladder/1/step-2}{\ensuremath{-}0.0001}" in text
@@ -242,13 +247,13 @@ def test_causes_follow_the_rules_of_the_design():
     assert results.causes(ladder({}, {}), "first") == results.causes(results.Results("quick", {}, {}), "first") == {}
 
 
-def test_a_change_with_an_interval_has_its_word(root):
-    recorder = blank_ledger("quick", "04_evaluation", root)
+def test_a_change_with_an_interval_has_its_word():
+    recorder = blank_ledger("quick", "04_evaluation")
     for name, low, high in (("a", -2, -1), ("b", -1, 1), ("c", 1, 2)):
         recorder.value(f"{name}.kid_change", Interval((low + high) / 2, low, high, 0.95, 0), **WHERE)
     recorder.value("d.fd_change", 1.0, **WHERE)
     recorder.write()
-    for found in (recorder.results, load_results("quick", root)):
+    for found in (recorder.results, load_results("quick")):
         words = [found.text(f"{name}.kid_direction") for name in "abc"]
         assert words == ["lower than", "not distinguishable from", "higher than"]
         assert "d.fd_direction" not in found.records

@@ -236,7 +236,7 @@ trained = jobs.Trained(store, tiny.training(), fakes).ensure()
 guided = jobs.ImageSet(store, tiny.sampling(), 40, 0, jobs.Guidance(trained, (0, 1))).ensure()
 scores = jobs.Score(store, guided, jobs.RealSet("fashion_mnist", "test", 100), "tiny", 5).ensure()
 for _ in range(20):
-    recorder = blank_ledger("smoke", "01_demo", sys.argv[1])
+    recorder = blank_ledger("smoke", "01_demo")
     recorder.value("fd", scores.fd.value, label="fd", section="demo")
     recorder.path.unlink(missing_ok=True)
     recorder.write()
@@ -244,7 +244,8 @@ print(scores.fd.value)
 """
 
 
-def test_two_runs_in_one_folder_do_every_step_once(tmp_path):
+def test_two_runs_in_one_folder_do_every_step_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
     runs = [subprocess.Popen([sys.executable, "-c", WHOLE_RUN, tmp_path, tmp_path / "calls"], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     outputs = [run.communicate(timeout=120) for run in runs]
@@ -252,5 +253,5 @@ def test_two_runs_in_one_folder_do_every_step_once(tmp_path):
     assert outputs[0][0] == outputs[1][0] and "QUARANTINED" not in outputs[0][1] + outputs[1][1]
     computed = (tmp_path / "calls").read_text().split()
     assert len(computed) == len(set(computed)) >= 5 + 1 + 5 + 2 + 1, computed  # images, heads, images, features, scores
-    assert load_results("smoke", tmp_path).records["fd"]["value"] == float(outputs[0][0])
+    assert load_results("smoke").records["fd"]["value"] == float(outputs[0][0])
     assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]

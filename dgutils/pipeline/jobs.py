@@ -32,7 +32,7 @@ from dgutils.pipeline import ranks
 from dgutils.pipeline.store import KEPT, ShardedSet, Store, digest_of_json
 from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
 from dgutils.terminal import bar, note
-from dgutils.training import Callbacks, Split, TrainingSettings, train_discriminators
+from dgutils.training import Split, TrainingSettings, train_discriminators
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
@@ -383,7 +383,7 @@ class Trained(Discriminators):
             members = train_discriminators(
                 extractor, partial(init_head, config.head, config.seed), learn, validate,
                 replace(config, clock=checkpoints.clock(config.feature_extractor)),
-                Callbacks(progress, checkpoint, resume), group)
+                progress, checkpoint, resume, group)
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
                   for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
                   for k, v in state.items()}

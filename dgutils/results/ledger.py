@@ -20,7 +20,7 @@ from dgutils.files import digest_of_file
 from dgutils.machine import now, provenance
 from dgutils.metrics import Interval, Resampled
 from dgutils.networks.features import metric_name
-from dgutils.paths import figures_dir
+from dgutils.paths import figures_dir, results_dir
 from dgutils.pipeline.jobs import Scores
 from dgutils.results import records as kept
 from dgutils.results.provenance import fingerprint, lineage, section_of, sections
@@ -88,14 +88,13 @@ def over_trainings(values, level: float = 0.95) -> Interval:
 class Ledger:
     """The records, tables and claims of one notebook in one profile; `write` makes them a file.
 
-    experiment: what holds the parameters and gives `scores(arm, space, reference)`. notebook: its name, as in
-    '04_evaluation' (default: the experiment's); the file is <root>/<profile>/04.json.
+    experiment: what holds the notebook's name and parameters, and gives `scores(arm, space, reference)`.
     """
 
-    def __init__(self, experiment, notebook: str | None = None, root: Path | str | None = None):
-        self.experiment, self.parameters = experiment, experiment.parameters
-        self.profile, self.notebook = self.parameters.profile, notebook or experiment.notebook
-        self.path = kept.results_folder(self.profile, root) / f"{self.notebook.split('_')[0]}.json"
+    def __init__(self, experiment):
+        self.experiment, self.parameters, self.notebook = experiment, experiment.parameters, experiment.notebook
+        self.profile = self.parameters.profile
+        self.path = results_dir(self.profile) / f"{self.notebook.split('_')[0]}.json"
         self.spaces = dict(zip(("first", "second"), self.parameters.feature_spaces, strict=False))
         self.records: dict[str, dict] = {}
         self.tables: dict[str, dict] = {}

@@ -19,13 +19,7 @@ from dgutils.results.provenance import lineage
 from dgutils.results.statements import HIGHER, LOWER, direction, with_words
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "report" / "published.csv"
-SUMMARY = ("arms", "arms_second", "rules")  # of notebooks 04 and 06; the first of 05 where 04 does not run
 KEY = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
-
-
-def results_folder(profile: str, root: Path | str | None) -> Path:
-    """<root>/<profile>; without a root, report/results/<profile> of the clone."""
-    return results_dir(profile) if root is None else Path(root).absolute() / profile
 
 
 # --- files
@@ -137,12 +131,12 @@ class Results:
         return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def load_results(profile: str, root: Path | str | None = None) -> Results:
+def load_results(profile: str) -> Results:
     """Every record of a profile. Raises UserError if there are none, or if a file is another profile's."""
-    root = results_folder(profile, root)
-    paths = sorted(root.glob("*.json"))
+    folder = results_dir(profile)
+    paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise UserError(f"no results of profile {profile} in {root}: run 'make reproduce PROFILE={profile}'")
+        raise UserError(f"no results of profile {profile} in {folder}: run 'make reproduce PROFILE={profile}'")
     results = Results(profile, published(), {})
     for path in paths:
         content = read_results(path)
