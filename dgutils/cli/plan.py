@@ -6,13 +6,13 @@ with random weights where theirs are absent.
 
 import math
 import textwrap
+import timeit
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 from dgutils.discriminator import Ensemble
 from dgutils.errors import UserError
@@ -117,16 +117,19 @@ def steps(declared: Declared) -> list[Step]:
 
 
 def _seconds(call, most: int, n: int = 1) -> float:
-    """Seconds an image of call(n), which works on n images at once, after calls to warm up.
+    """Seconds an image of call(n), which works on n images at once: the best of three calls, the first to warm up.
 
     n doubles up to `most` while a call takes less than half a second: a large network on a CPU shows its speed by few
     images, an accelerator wants its whole batch.
     """
-    while True:
-        timer = Timer("call(n)", globals={"call": call, "n": n}, num_threads=torch.get_num_threads())
-        if (taken := timer.timeit(1).mean) >= 0.5 or n == most:
-            return taken / n
+    def finished():
+        call(n)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    while (taken := min(timeit.repeat(finished, number=1, repeat=3))) < 0.5 and n < most:
         n = min(2 * n, most)
+    return taken / n
 
 
 def _network(name: str, load, architecture):
