@@ -72,7 +72,7 @@ def test_work_finds_in_the_notebooks_what_they_need(tmp_path, monkeypatch, capfd
     assert said and said[1] == said[2] != "0" and not list(tmp_path.glob("runs/smoke/store/*/*/shard_*"))
     assert __main__.main([*work, *smallest]) == 0 and " 0 made" not in tally("smoke", 0)
     made = (tmp_path / "runs/smoke/log").stat().st_size
-    assert __main__.main([*work, *smallest]) == 0 and tally("smoke", made) == "0 artifacts found, 0 made"
+    assert __main__.main([*work, *smallest]) == 0 and tally("smoke", made).endswith(" found, 0 made")
     assert __main__.main(["reproduce", "--profile", "smoke", "--only", "05", *smallest]) == 0
     assert re.search(r"^[1-9]\d* artifacts found, 0 made; ", capfd.readouterr().out, re.MULTILINE)
 
