@@ -154,11 +154,13 @@ def environment() -> dict[str, str]:
     """The environment in which we work, and all that we start: `inherited`, and the account's files are hidden.
 
     These are the configuration of matplotlib, IPython, nbconvert's templates and TeX. Texts are UTF-8
-    whatever the locale.
+    whatever the locale. Unless the user says how, a thread that waits for others gives its core away after
+    microseconds: OpenMP's milliseconds of spinning cost a run beside other work ten times what they save it alone.
     """
+    calm = {} if said("OMP_WAIT_POLICY") or said("GOMP_SPINCOUNT") else {"GOMP_SPINCOUNT": "1000"}
     ours = repo_root() / ".account"  # directly below a folder that exists: else IPython takes a temporary one
     return {
-        **inherited(),
+        **inherited(), **calm,
         "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours),
         "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1",
         **{name: str(ours / "texmf") for name in ("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG")},

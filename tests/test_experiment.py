@@ -177,15 +177,15 @@ def small():
 def test_plan_counts_what_the_arms_cost(small, tmp_path):
     steps, p = small
     by_label = {step.label: step for step in steps}
-    assert by_label["fake set"].score == 200 * 19  # 10 Heun steps are 19 evaluations
-    assert by_label["unguided sampling"].score == 100 * 19 and by_label["unguided sampling"].gradient == 0
+    assert by_label["fake set"].work["score"] == 200 * 19  # 10 Heun steps are 19 evaluations
+    assert by_label["unguided sampling"].work == {"score": 100 * 19, "gradient": 0}
     one, six = by_label["guidance by Paper"], by_label["guidance by the ensemble"]
-    assert one.gradient == six.gradients > 0 == one.gradients == six.gradient
-    assert one.gradient % 100 == 0 and one.gradient <= 100 * 10
-    assert by_label["DDPM's ancestral sampler"].score == 100 * p.ancestral_steps
+    assert one.work["gradient"] == six.work["gradients"] > 0 == one.work["gradients"] == six.work["gradient"]
+    assert one.work["gradient"] % 100 == 0 and one.work["gradient"] <= 100 * 10
+    assert by_label["DDPM's ancestral sampler"].work["score"] == 100 * p.ancestral_steps
     assert by_label["paper, block 2"].n == 100
     training = by_label["training: six discriminators, Paper 5, D1 3, D2 3, D3 3, D4 3, D5 16 epochs"]
-    assert training.train == 2 * 200 * 8 // 10 * (5 + 3 + 3 + 3 + 3 + 16)
+    assert training.work["train"] == 2 * 200 * 8 // 10 * (5 + 3 + 3 + 3 + 3 + 16)
     assert all(step.missing for step in steps) and not list(tmp_path.iterdir())
 
 
@@ -201,7 +201,7 @@ def test_plan_counts_the_trainings_of_the_ladder_and_the_worse_images():
 
 def test_plan_lists_each_image_once(small):
     steps, _ = small
-    assert len({step.label for step in steps if step.score}) == sum(bool(step.score) for step in steps)
+    assert len({step.label for step in steps if step.work["score"]}) == sum(bool(step.work["score"]) for step in steps)
     assert not any(step.label == "Paper, weight 2" for step in steps)  # the first 50 images of "guidance by Paper"
     assert next(step for step in steps if step.label == "guidance by Paper").features == {
         space: 150 for space in ("fashion-mnist-adm", "efficientnet-lite0@128")}  # of 100, and of those 50
@@ -216,6 +216,6 @@ def test_plan_keeps_the_state_of_unfinished_trainings():
 
 def test_plan_of_the_published_profile_needs_no_file(tmp_path):
     steps = plan.steps(Declared("paper"))
-    assert sum(step.n for step in steps if step.score) > 500_000
+    assert sum(step.n for step in steps if step.work["score"]) > 500_000
     assert {step.label for step in steps} >= {"guidance by the published discriminator", "class-conditional, guided"}
     assert not list(tmp_path.iterdir())

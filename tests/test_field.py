@@ -112,12 +112,23 @@ def test_a_clone_that_is_none_is_one_line_of_a_command(module, text):
     assert "is no folder: name the clone's, or unset it" in result.stderr
 
 
+@pytest.mark.parametrize(("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+                                              ({"OMP_WAIT_POLICY": ""}, "1000")])
+def test_threads_that_wait_give_their_core_away_unless_the_user_says_how(monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in given.items():
+        monkeypatch.setenv(name, text)
+    found = paths.environment()
+    assert found.get("GOMP_SPINCOUNT") == spins and found.get("OMP_WAIT_POLICY") == given.get("OMP_WAIT_POLICY")
+
+
 def test_variables_are_read_in_one_place_and_listed_in_the_docs():
     table = set(re.findall(r"^\| `([A-Z_]+)`", (ROOT / "docs/running.md").read_text(encoding="utf-8"), re.MULTILINE))
     for path in (ROOT / "dgutils").rglob("*.py"):
-        named = set(re.findall(r"\"(DGUTILS_[A-Z]+|XDG_[A-Z_]+|OMP_[A-Z_]+)\"", path.read_text(encoding="utf-8")))
+        named = set(re.findall(r"\"(DGUTILS_[A-Z]+|XDG_[A-Z_]+|G?OMP_[A-Z_]+|VERBOSE)\"", path.read_text(encoding="utf-8")))
         assert named <= table, f"{path} reads {named - table}"
-        assert path == ROOT / "dgutils/paths.py" or not {n for n in named if not n.startswith("OMP")}, path
+        assert path == ROOT / "dgutils/paths.py" or not {n for n in named if "OMP_" not in n}, path
     assert {"DGUTILS_DATA", "DGUTILS_WEIGHTS", "DGUTILS_ROOT", "XDG_CACHE_HOME", "HOME", "OMP_NUM_THREADS"} <= table
 
 
@@ -482,11 +493,11 @@ def test_every_command_explains_itself(command, capsys):
     assert out.startswith(f"Usage: dgutils {command}") and error == ""
 
 
-@pytest.mark.parametrize("given", [["--set", "a=1", "b=2"], ["--set", "a=1", "--set", "b=2"], ["--set=a=1", "--set", "b=2"]])
-def test_several_values_after_one_option(monkeypatch, given):
+@pytest.mark.parametrize("given", [["--set", "a=1", "--set", "b=2"], ["--set=a=1", "--set", "b=2"]])
+def test_options_may_be_repeated(monkeypatch, given):
     seen = {}
     monkeypatch.setattr(cli.commands.commands["reproduce"], "callback", lambda **values: seen.update(values))
-    assert cli.main(["reproduce", *given, "--only", "03", "04", "--profile", "smoke"]) == 0
+    assert cli.main(["reproduce", *given, "--only", "03", "--only", "04", "--profile", "smoke"]) == 0
     assert seen == {"profile": "smoke", "only": ("03", "04"), "set": ("a=1", "b=2"), "cell_timeout": 24 * 3600}
 
 

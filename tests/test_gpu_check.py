@@ -89,6 +89,6 @@ def test_the_work_of_the_paper_profile_is_what_plan_counts(monkeypatch, tmp_path
     for step in steps:
         for space, count in step.features.items():
             features[space] = features.get(space, 0) + count
-    work = {kind: sum(getattr(step, kind) for step in steps) for kind in ("score", "gradient", "gradients", "train")}
+    work = {kind: sum(step.work[kind] for step in steps) for kind in plan.KINDS}
     kept = json.loads((SCRIPT.parent / "fixtures" / "paper_work.json").read_text())
     assert kept == work | {"features": features}

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import DATA, cores, data_dir, data_places, repo_root, runs_dir
+from dgutils.paths import DATA, data_dir, data_places, repo_root, runs_dir
 
 PACKAGE = Path(__file__).resolve().parents[1]
 GB = 1e9
@@ -99,14 +99,10 @@ def check_tex():
 def check_device():
     import torch
 
-    from dgutils.machine import device, resolve_precision
+    from dgutils.machine import provenance, resolve_precision
 
-    precision = f"precision auto is {resolve_precision('auto')}"
-    if device().type == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory / GB
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {memory:.0f} GB; {precision}"
-    mps = "; Apple's GPU is not used" if torch.backends.mps.is_available() else ""
-    return f"CPU, {cores()} cores, {torch.get_num_threads()} threads; {precision}{mps}"
+    gpus = f"{torch.cuda.device_count()} x " if torch.cuda.is_available() else "no GPU that CUDA knows; "
+    return f"{gpus}{provenance()['device']}; precision auto is {resolve_precision('auto')}"
 
 
 def check_data(dataset):

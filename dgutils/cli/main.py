@@ -12,22 +12,6 @@ from dgutils.errors import UserError, require
 from dgutils.paths import cores, repo_root, runs_dir
 
 
-class Command(click.Command):
-    """A command whose options --set and --only also take several values at once: --set a=1 b=2."""
-
-    def parse_args(self, context, args):
-        spread, last = [], None
-        for text in args:
-            if last in ("--set", "--only") and not text.startswith("-") and spread[-1] != last:
-                spread.append(last)
-            last = text if text.startswith("-") else last
-            spread.append(text)
-        rest = super().parse_args(context, spread)
-        if not context.params.get("nproc") and cores() < (os.cpu_count() or 1):
-            os.environ.setdefault("OMP_NUM_THREADS", str(cores()))  # torch counts cores that a quota withholds
-        return rest
-
-
 def _minutes(context, parameter, value):
     if value is not None and not 0 < value < math.inf:
         raise click.BadParameter("give minutes, more than 0")
@@ -39,14 +23,14 @@ def _profile(default):
                         callback=lambda context, parameter, name: runs_dir(name).name)  # refuses what is no name
 
 
-SET = click.option("--set", multiple=True, metavar="NAME=VALUE ...", help="Change a parameter.")
+SET = click.option("--set", multiple=True, metavar="NAME=VALUE", help="Change a parameter; may be repeated.")
 commands = click.Group("dgutils", help=__doc__, no_args_is_help=False, context_settings={"max_content_width": 120})
-command = commands.command(cls=Command)
+command = commands.command()
 
 
 @command
 @_profile("quick")
-@click.option("--only", multiple=True, metavar="NN ...", help="Only the notebooks whose names begin so.")
+@click.option("--only", multiple=True, metavar="NN", help="Only the notebooks whose names begin so.")
 @SET
 @click.option("--cell-timeout", type=int, default=24 * 3600, help="Seconds that a cell may take, 0: any [a day].")
 def reproduce(profile, only, set, cell_timeout):
@@ -163,8 +147,11 @@ commands.add_command(train_score, "train-extractor")
 
 def main(arguments=None) -> int:
     """Run a command; a problem that the user can mend is one line on stderr and exit status 2."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if cores() < (os.cpu_count() or 1) and "--nproc" not in given:  # torch counts cores that a quota withholds
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
-        return commands.main(arguments, prog_name="dgutils", standalone_mode=False) or 0
+        return commands.main(given, prog_name="dgutils", standalone_mode=False) or 0
     except click.Abort:
         print("dgutils: stopped; the same command goes on where it was", file=sys.stderr)
         return 130

@@ -6,14 +6,13 @@ with random weights where theirs are absent.
 
 import math
 import textwrap
-import time
+import timeit
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dgutils.discriminator import Ensemble
 from dgutils.errors import UserError
@@ -32,21 +31,23 @@ from dgutils.sampler import network_denoiser, nfe
 from dgutils.training import Split, TrainingSettings, train_discriminators
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # of the features; an extractor's are fewer
+KINDS = ("score", "gradient", "gradients", "train")  # of work, beside features
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training, or a set of images with its features: what is missing, why, and what it would cost, in images."""
+    """A training, or a set of images with its features: what is missing, why, and what it would cost, in images.
+
+    work: evaluations of the "score" network; "gradient" of log r by one discriminator, "gradients" by several; "train",
+    passes through one head and back, the extractor's share included. features: by feature space. disk: bytes.
+    """
 
     label: str
     n: int = 0
     missing: tuple[str, ...] = ()
-    score: int = 0  # evaluations of the score network
-    gradient: int = 0  # gradients of log r, by one discriminator
-    gradients: int = 0  # ... by several
-    train: int = 0  # through one head, forward and backward, the extractor's share included
-    features: dict[str, int] = field(default_factory=dict)  # by feature space
-    disk: int = 0  # bytes
+    work: Counter[str] = field(default_factory=Counter)
+    features: Counter[str] = field(default_factory=Counter)
+    disk: int = 0
 
 
 def _guided_steps(sampling: Sampling, guide: Guidance | None) -> int:
@@ -64,13 +65,12 @@ def _images(arms: list[ImageSet | RealSet], scores: dict[str, list[Score]]) -> S
 
     scores: a set's digest -> what its features are wanted for.
     """
-    arm, missing, cost, disk, features = max(arms, key=lambda arm: arm.n), [], {}, 0, Counter()
+    arm, missing, work, disk, features = max(arms, key=lambda arm: arm.n), [], Counter(), 0, Counter()
     if arm.lacks:
         sampling, guide, count = arm.sampling, arm.guide, len(arm.rows.missing(arm.n)) * arm.rows.shard_size
         evaluations = nfe(sampling.num_steps) if sampling.sampler == "heun" else sampling.num_steps
-        several = bool(guide) and len(guide.members) > 1
-        cost = {"score": count * evaluations * (2 if sampling.cfg_network else 1),
-                "gradients" if several else "gradient": count * _guided_steps(sampling, guide)}
+        work["score"] = count * evaluations * (2 if sampling.cfg_network else 1)
+        work["gradients" if guide and len(guide.members) > 1 else "gradient"] = count * _guided_steps(sampling, guide)
         disk = count * math.prod(checkpoints.image_shape(sampling.score_network))
         missing.append(arm.rows.lacks(arm.n))
     for part in arms:
@@ -80,16 +80,16 @@ def _images(arms: list[ImageSet | RealSet], scores: dict[str, list[Score]]) -> S
     features = +features  # without those of which none is missing
     disk += sum(4 * DIMENSIONS.get(space.split("@")[0], 512) * count for space, count in features.items())
     missing += ["features: " + ", ".join(features)] if features else []
-    return Step(arm.label, arm.n, tuple(missing), features=features, disk=disk, **cost)
+    return Step(arm.label, arm.n, tuple(missing), work, features, disk)
 
 
 def _training(trained: Trained) -> Step:
     lacks, config = trained.artifact.lacks(), trained.config
     images = 2 * config.num_real * (config.held_out_every - 2) // config.held_out_every
-    epochs = ", ".join(f"{member.name} {member.epochs}" for member in config.members)
-    label = f"training: {trained.label}, {epochs} epochs"
-    return Step(label, images, (lacks,), train=images * sum(member.epochs for member in config.members)) \
-        if lacks else Step(label, images)
+    lengths = {member.name: member.epochs for member in config.members}
+    label = ", ".join(f"{name} {epochs}" for name, epochs in lengths.items())
+    return Step(f"training: {trained.label}, {label} epochs", images, (lacks,) if lacks else (),
+                Counter(train=images * sum(lengths.values()) if lacks else 0))  # fmt: skip
 
 
 def steps(declared: Declared) -> list[Step]:
@@ -117,20 +117,17 @@ def steps(declared: Declared) -> list[Step]:
 
 
 def _seconds(call, most: int, n: int = 1) -> float:
-    """Seconds an image of call(n), which works on n images at once: the better of two calls, after one to warm up.
+    """Seconds an image of call(n), which works on n images at once: the best of three calls, the first to warm up.
 
     n doubles up to `most` while a call takes less than half a second: a large network on a CPU shows its speed by few
     images, an accelerator wants its whole batch.
     """
-    def timed():
-        start = time.perf_counter()
+    def finished():
         call(n)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    timed()
-    while (taken := min(timed(), timed())) < 0.5 and n < most:
+    while (taken := min(timeit.repeat(finished, number=1, repeat=3))) < 0.5 and n < most:
         n = min(2 * n, most)
     return taken / n
 
@@ -145,7 +142,7 @@ def _network(name: str, load, architecture):
 
 
 def rates(p: Parameters, training: Training) -> dict[str, float]:
-    """Seconds an image of each kind of work (the counts of `Step`), measured here."""
+    """Seconds an image of each kind of work, and of features by space unless its file is absent, measured here."""
     size, precision = p.batch_size, jobs.resolve_precision(p.precision)
     denoiser = _network(p.score_network, checkpoints.load_denoiser, Denoiser)
     extractor = _network(p.feature_extractor, checkpoints.load_feature_extractor, EncoderUNet)
@@ -158,7 +155,7 @@ def rates(p: Parameters, training: Training) -> dict[str, float]:
         return _seconds(lambda n: grad_log_density_ratio(ensemble, x[:n], sigma[:n], precision), size)
 
     batch = p.discriminator_batch_size
-    pixels = np.zeros((2 * batch, *denoiser.shape[1:], denoiser.shape[0]), np.uint8)
+    pixels = np.zeros((max(2 * batch, 256), *denoiser.shape[1:], denoiser.shape[0]), np.uint8)
     labels, member = np.tile([0, 1], batch), (replace(training.members[0], epochs=1),)
 
     def train(pairs):
@@ -166,17 +163,14 @@ def rates(p: Parameters, training: Training) -> dict[str, float]:
         settings = TrainingSettings(member, min(2 * pairs, batch), precision=precision)
         train_discriminators(extractor, partial(init_head, training.head, 0), learn, validate, settings)
 
-    return {"score": _seconds(lambda n: denoise(x[:n], sigma[:n], 0, 1), size), "gradient": gradient(1),
-            "gradients": gradient(len(p.member_names)), "train": _seconds(train, batch, min(4, batch)) / 2}
-
-
-def _feature_rate(space: str, shape) -> float | None:
-    """Seconds an image of shape (C, H, W); None if the space's file is absent."""
-    images = np.zeros((256, *shape[1:], shape[0]), np.uint8)
-    try:
-        return _seconds(lambda n: jobs.encode(images[:n], space, str(jobs.device())), len(images))
-    except UserError:
-        return None
+    found = {"score": _seconds(lambda n: denoise(x[:n], sigma[:n], 0, 1), size), "gradient": gradient(1),
+             "gradients": gradient(len(p.member_names)), "train": _seconds(train, batch, min(4, batch)) / 2}
+    for space in p.feature_spaces:
+        try:
+            found[space] = _seconds(lambda n, space=space: jobs.encode(pixels[:n], space, str(jobs.device())), 256)
+        except UserError:
+            pass
+    return found
 
 
 # ---- the table ---------------------------------------------------------------------------
@@ -193,10 +187,7 @@ def duration(seconds: float) -> str:
 def show(profile: str) -> None:
     """Print the plan of a profile. Runs nothing of it."""
     declared = Declared(profile)
-    p, listed = declared.parameters, steps(declared)
-    for _ in tqdm(range(1), desc="timing this machine", leave=False):
-        rate, shape = rates(p, declared.experiments[0].training()), checkpoints.image_shape(p.score_network)
-        by_space = {space: _feature_rate(space, shape) for space in p.feature_spaces}
+    p, rate = declared.parameters, rates(declared.parameters, declared.experiments[0].training())
     files = weights.status(weights.mentioned(p.model_dump()))
     print(f"Plan of profile {profile}; nothing is run.\n\nFiles ({weights.weights_dir()})")
     for file in files:
@@ -205,24 +196,22 @@ def show(profile: str) -> None:
         print("  none to download: the networks ship with the repository")
     if absent := [file.bytes for file in files if file.state == "absent"]:
         print(f"  get these {sum(absent) / 1e6:,.0f} MB with: make fetch PROFILE={profile}")
-    print(f"\n{'Steps':<68} {'images':>9} {'score evals':>13} {'gradients':>11} {'features':>9} {'time':>8}")
-    total, unknown = 0.0, False
-    for step in listed:
-        seconds = sum(getattr(step, kind) * rate[kind] for kind in rate)
-        seconds += sum(count * (by_space[space] or 0) for space, count in step.features.items())
-        unknown |= any(by_space[space] is None for space in step.features)
-        total += seconds
-        counts = (step.n, step.score, step.gradient + step.gradients, sum(step.features.values()))
-        n, evaluations, gradients, features = (f"{count:,}" if count else "" for count in counts)
-        print(f"{'MISS' if step.missing else 'HIT':<5}{textwrap.shorten(step.label, 62, placeholder=' ...'):<63} "
-              f"{n:>9} {evaluations:>13} {gradients:>11} {features:>9} "
-              f"{duration(seconds) if step.missing else '':>8}  {'; '.join(step.missing)}".rstrip())
-    score, one, several, disk = (sum(getattr(step, name) for step in listed)
-                                 for name in ("score", "gradient", "gradients", "disk"))
-    speed = {kind: f"{1 / seconds:.3g}" for kind, seconds in rate.items()}
-    print(f"\nIn all: {score:,} score network evaluations, {one + several:,} gradients of log r, "
-          f"{disk / 1e9:.2f} GB of disk, about {duration(total)} on {provenance()['device']},\ncomputing the scores "
-          f"from the features not counted{', nor features whose network is absent' if unknown else ''}.\n"
-          f"Measured just now: {speed['score']} score evaluations/s; {speed['gradient']} gradients/s by one "
-          f"discriminator, {speed['gradients']} by {len(p.member_names)}; "
-          f"{speed['train']} images/s through one head in training.")
+    row = "{:<5}{:<63} {:>9} {:>13} {:>11} {:>9} {:>8}  {}"
+    print("\n" + row.format("", "Steps", "images", "score evals", "gradients", "features", "time", "").rstrip())
+    seconds, all_work, disk = 0.0, Counter(), 0
+    for step in steps(declared):
+        work = step.work + step.features
+        took = sum(count * rate.get(kind, 0) for kind, count in work.items())
+        seconds, all_work, disk = seconds + took, all_work + work, disk + step.disk
+        counts = (step.n, work["score"], work["gradient"] + work["gradients"], step.features.total())
+        print(row.format("MISS" if step.missing else "HIT", textwrap.shorten(step.label, 62, placeholder=" ..."),
+                         *(f"{count:,}" if count else "" for count in counts), duration(took) if step.missing else "",
+                         "; ".join(step.missing)).rstrip())  # fmt: skip
+    unknown = ", nor features whose network is absent" if all_work.keys() - rate.keys() else ""
+    score, one, several, train = (f"{1 / rate[kind]:.3g}" for kind in KINDS)
+    gradients = all_work["gradient"] + all_work["gradients"]
+    print(f"\nIn all: {all_work['score']:,} score network evaluations, {gradients:,} gradients of log r, "
+          f"{disk / 1e9:.2f} GB of disk, about {duration(seconds)} on {provenance()['device']},\n"
+          f"computing the scores from the features not counted{unknown}.\n"
+          f"Measured just now: {score} score evaluations/s; {one} gradients/s by one discriminator, {several} by "
+          f"{len(p.member_names)}; {train} images/s through one head in training.")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import cores
+from dgutils.paths import cores, torchrun_ranks
 from dgutils.pipeline.ranks import LostContact, first_line
 
 MAX_RESTARTS = 3  # of the group, before a failure counts
@@ -36,39 +36,30 @@ def reporting() -> Iterator[None]:
     with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
     exception"), and a rank that had done its work would count as failed.
     """
-    theirs = ("RANK", *(f"TORCHELASTIC_{name}" for name in ("ERROR_FILE", "RESTART_COUNT", "MAX_RESTARTS")))
-    if not all(map(os.environ.get, theirs)):
+    if not (torchrun_ranks() and os.environ.get("TORCHELASTIC_ERROR_FILE")):
         yield
         return
     file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # who sent it to torchrun hears from torchrun
-
-    def leave(status):
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)  # at once: taking down a broken group may hang, or end in a message of its own
-
-    def stop(message, kind, status):
+    status = 0
+    try:
+        earlier = _failures(file.parents[1].with_name(f"attempt_{attempt - 1}")) if attempt else []
+        if earlier and earlier[0]["kind"] == "UserError":
+            raise UserError(earlier[0]["message"])
+        if attempt and os.environ["RANK"] == "0":
+            why = earlier[0]["message"] if earlier else "a rank was killed"
+            print(f"dgutils: {why}; start {attempt + 1} of {1 + int(os.environ['TORCHELASTIC_MAX_RESTARTS'])} goes on"
+                  " where it was", file=sys.stderr, flush=True)  # fmt: skip
+        yield
+    except Exception as error:
+        kind, message, status = type(error).__name__, str(error), 2 if isinstance(error, UserError) else 1
+        if not isinstance(error, UserError | LostContact):
+            traceback.print_exc()
+            message = f"rank {os.environ['RANK']}: {kind}: {first_line(error)}"
         about = {"py_callstack": message, "timestamp": str(int(time.time()))}
         file.write_text(json.dumps({"message": {"message": message, "kind": kind, "extraInfo": about}}))
-        leave(status)
-
-    earlier = _failures(file.parents[1].with_name(f"attempt_{attempt - 1}")) if attempt else []
-    if earlier and earlier[0]["kind"] == "UserError":
-        stop(earlier[0]["message"], "UserError", 2)
-    if attempt and os.environ["RANK"] == "0":
-        why = earlier[0]["message"] if earlier else "a rank was killed"
-        print(f"dgutils: {why}; start {attempt + 1} of {1 + int(os.environ['TORCHELASTIC_MAX_RESTARTS'])} goes on"
-              " where it was", file=sys.stderr, flush=True)  # fmt: skip
-    try:
-        yield
-    except UserError as error:
-        stop(str(error), "UserError", 2)
-    except LostContact as error:
-        stop(str(error), "LostContact", 1)
-    except Exception as error:
-        traceback.print_exc()
-        stop(f"rank {os.environ['RANK']}: {type(error).__name__}: {first_line(error)}", "Exception", 1)
-    leave(0)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)  # at once: taking down a broken group may hang, or end in a message of its own
 
 
 def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTARTS) -> None:

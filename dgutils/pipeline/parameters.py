@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.networks import checkpoints
 from dgutils.paths import repo_root
 
@@ -125,19 +125,19 @@ class Parameters(BaseModel):
     def _possible(self):
         """Refuse what no run can mean although each value alone is possible."""
         columns = ("member_names", "learning_rates", "weight_decays", "epochs", "min_times")
-        if len({len(getattr(self, name)) for name in columns}) > 1:
-            lengths = ", ".join(f"{name} {len(getattr(self, name))}" for name in columns)
-            raise UserError(f"table 1 needs one value a member in every column, not {lengths}")
+        lengths = {name: len(getattr(self, name)) for name in columns}
+        require(len(set(lengths.values())) == 1, "table 1 needs one value a member in every column, not "
+                + ", ".join(f"{name} {length}" for name, length in lengths.items()))  # fmt: skip
         for low, high in (("sigma_min", "sigma_max"), ("time_min", "time_max")):
-            if not getattr(self, low) < getattr(self, high):
-                raise UserError(f"{low} {getattr(self, low):g} is not below {high} {getattr(self, high):g}")
-        if self.shard_size % self.batch_size:
-            raise UserError(f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
-        if "wrong_file" in self.ladder and len(self.member_names) < 4:
-            raise UserError("the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
+            a, b = getattr(self, low), getattr(self, high)
+            require(a < b, f"{low} {a:g} is not below {high} {b:g}")
+        require(self.shard_size % self.batch_size == 0,
+                f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
+        require("wrong_file" not in self.ladder or len(self.member_names) >= 4,
+                "the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
         for name in ("member_names", "feature_spaces", "ladder", "variants"):
-            if len(set(values := getattr(self, name))) < len(values):
-                raise UserError(f"{name} has {max(values, key=values.count)} twice")
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"{name} has {max(values, key=values.count, default='')} twice")
         channels = {"fashion_mnist": 1, "cifar10": 3}[self.dataset]
         for name in ("score_network", "conditional_network"):
             network = getattr(self, name)
@@ -169,7 +169,7 @@ _Loader.add_constructor("dgutils:number", lambda loader, node: int(node.value) i
     r"[-+]?[0-9]{1,4000}", node.value) else float(node.value))  # fmt: skip
 
 
-def _yaml(text: str, source: str) -> Any:
+def _yaml(text: str | bytes, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -185,15 +185,9 @@ def load_profile(profile: str, _above: tuple[str, ...] = ()) -> dict[str, Any]:
     path = folder / f"{profile}.yaml"
     if profile in _above:
         raise UserError(f"{path}: profiles are based on each other in a circle: {' on '.join((*_above, profile))}")
-    try:
-        values = _yaml(path.read_bytes().decode(), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    if not isinstance(values := {} if values is None else values, dict):
-        raise UserError(f"{path} must hold lines `name: value`")
+    values = _yaml(path.read_bytes(), str(path))
+    require(isinstance(values := {} if values is None else values, dict), f"{path} must hold lines `name: value`")
     base = values.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise UserError(f"{path}: base is {base!r}, but must be a profile's name")
     if values.get("profile", profile) != profile:
         raise UserError(f"{path}: profile is {values['profile']!r}, but the file is named {profile}")
     return (load_profile(base, (*_above, profile)) if base else {}) | values | {"profile": profile}
@@ -204,10 +198,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
         name, separator, value = text.partition("=")
-        if not separator or not name.isidentifier():
-            raise UserError(f"--set {text}: write name=value")
-        if name in found:
-            raise UserError(f"--set {text}: {name} is set twice")
+        require(separator and name.isidentifier(), f"--set {text}: write name=value")
+        require(name not in found, f"--set {text}: {name} is set twice")
         found[name] = _yaml(value, f"--set {text}:")
     return found
 
@@ -219,8 +211,6 @@ def _check(values: Mapping[str, Any], source: str) -> "Parameters":
                         + (f"; did you mean {close[0]}?" if close else ": dgutils/pipeline/parameters.py has them all"))
     try:
         return Parameters(**values)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where, value, message = ".".join(map(str, first["loc"])), repr(first["input"]), first["msg"]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dgutils import datasets
-from dgutils.errors import UserError
 from dgutils.pipeline import cells, jobs, parameters, ranks
 from dgutils.pipeline.experiment import Experiment, Score
 from dgutils.pipeline.jobs import Trained
@@ -51,8 +50,6 @@ def work(profile: str, overrides: Mapping[str, Any] | None = None, timeout: floa
 
     minutes: after which it ends between two shards, epochs or scores, and says what is left.
     """
-    if minutes is not None and not 0 < minutes < 1e6:
-        raise UserError(f"--minutes {minutes}: give a positive number")
     with reporting(), ranks.join(timeout, minutes) as group:
         declared = Declared(profile, overrides)
         with group.first():  # who comes first may have to download
