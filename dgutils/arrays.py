@@ -41,6 +41,7 @@ def as_features(given, at_least: int = 1, like=None) -> np.ndarray:
     """
     x = as_array(given)
     x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
+    x = x.copy() if min(x.strides, default=0) < 0 else x  # torch knows no backward strides
     require(x.ndim == 2 and x.shape[1], f"features must be a matrix [N,d], got shape {x.shape}")
     require(len(x) >= at_least, f"need at least {at_least} feature rows, got {len(x)}: score more images")
     if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
@@ -58,10 +59,19 @@ def same_dim(a, b) -> None:
     require(d == other, f"feature dimensions differ ({d} and {other}): use one feature space")
 
 
+def on_device(device) -> None:
+    """Raises UserError unless torch can compute on a device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {device!r}: {reason[:100]}: give 'cpu', or 'cuda' where there is one") from error
+
+
 def whole(least: int, **numbers) -> None:
     """Raises UserError unless each is a whole number, at least `least`."""
     for name, value in numbers.items():
-        require(isinstance(value, (int, np.integer)) and value >= least,
+        require(isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least,
                 f"{name} {value!r}: give a whole number, at least {least}")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dgutils.arrays import as_array, as_features, blocks, same_dim, whole
+from dgutils.arrays import as_array, as_features, blocks, on_device, same_dim, whole
 from dgutils.errors import UserError, require
 
 # ---- Fréchet distance ------------------------------------------------------------------
@@ -211,6 +211,7 @@ class PairReference:
 
     def __init__(self, features, k_pr: int = 3, k_dc: int = 5, block: int = 1024, device="cpu"):
         whole(1, k_pr=k_pr, k_dc=k_dc, block=block)
+        on_device(device)
         self.k_pr, self.k_dc, self.block = k_pr, k_dc, block
         real = as_features(features, at_least=max(k_pr, k_dc) + 1)
         centre = torch.from_numpy(real.mean(axis=0, dtype=np.float64).astype(real.dtype)).to(device)
@@ -296,7 +297,8 @@ class Resampled:
     # difference in 96 to 100 % of trials; where n < d, percentile and basic intervals fell as low as 0 %.
     def interval(self, level: float = 0.95) -> Interval:
         """Interval for the statistic's expectation at this n."""
-        require(0 < level < 1, f"level {level}: a confidence level lies between 0 and 1")
+        require(isinstance(level, (int, float)) and 0 < level < 1,
+                f"level {level!r}: a confidence level lies between 0 and 1")
         require(len(self.draws), "an interval needs resamples: ask for some")
         low, high = np.quantile(self.draws - self.draws.mean(), [(1 - level) / 2, (1 + level) / 2])
         return Interval(self.value, float(self.value - high), float(self.value - low), level, len(self.draws))
@@ -321,6 +323,7 @@ def resample(statistic: Callable, arm, n_resamples: int, seed: int) -> Resampled
     require(arm.ndim and len(arm) >= 2, f"a bootstrap needs at least 2 images, got shape {arm.shape}")
     whole(1, n_resamples=n_resamples)
     whole(0, seed=seed)
+    require(callable(statistic), f"the statistic is {statistic!r}: give a function of an arm's rows")
     indices = _resample_indices(len(arm), n_resamples, seed)
     if hasattr(statistic, "bootstrap_distances"):
         draws = statistic.bootstrap_distances(arm, indices)

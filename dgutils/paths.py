@@ -25,7 +25,9 @@ DATA = {
 ACCOUNT = (
     "PYTHON", "MPLBACKEND", "IPYTHON", "JUPYTER_PATH", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "PYTEST_",
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT", "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_CEILING",
-    "TEX", "BIB", "BST", "LATEXMK", "max_print_line", "openin_any", "openout_any",
+    "TEX", "BIB", "BST", "LATEXMK", "max_print_line", "openin_any", "openout_any", "shell_escape", "SOURCE_DATE_EPOCH",
+    "TFMFONTS", "T1FONTS", "VFFONTS", "ENCFONTS", "TQDM_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
+    "PYTORCH_JIT",
     "ONEDNN_", "DNNL_", "ATEN_", "NPY_", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
     "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32",
 )  # fmt: skip
@@ -146,8 +148,15 @@ def torchrun_ranks() -> int:
 
 
 def inherited() -> dict[str, str]:
-    """This process's environment less what the account set for other programs (`ACCOUNT`)."""
-    return {name: text for name, text in os.environ.items() if not name.startswith(ACCOUNT)}
+    """This process's environment less what the account set for other programs (`ACCOUNT`), and our empty variables.
+
+    Raises UserError for a number of threads that is none: each process would complain of it, and take all cores.
+    """
+    threads, ours = said("OMP_NUM_THREADS"), {"HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"}  # libraries read them, too
+    if threads and not re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads):
+        raise UserError(f"OMP_NUM_THREADS={threads}: give a number of threads, such as {cores()}, or unset it")
+    return {name: text for name, text in os.environ.items()
+            if not name.startswith(ACCOUNT) and (text.strip() or name not in ours)}  # fmt: skip
 
 
 def environment() -> dict[str, str]:

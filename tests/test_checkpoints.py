@@ -360,6 +360,9 @@ def test_inspect_the_other_formats(folder):
     for damaged in (data.index(b"NUMPY"), directory):  # an array, and the list of arrays
         (folder / "evil.npz").write_bytes(data[:damaged] + b"????" + data[damaged + 4 :])
         assert len(inspect(folder / "evil.npz")) == 3 and "REFUSED: " in inspect(folder / "evil.npz")[-1]
+    for name in ("cond.pt", "stats.npz"):
+        (folder / "short").write_bytes((folder / name).read_bytes()[:-50])
+        assert inspect(folder / "short")[-1] == "REFUSED: it is cut short: get it again"
     (folder / "page.pt").write_bytes(b"<html>")
     assert inspect(folder / "page.pt")[2:] == [
         "REFUSED: it begins with b'<html>', as no file of weights or arrays does"]

@@ -104,6 +104,24 @@ def test_a_home_of_nobody_is_one_line(monkeypatch, name):
         paths.folder(name)
 
 
+@pytest.mark.parametrize("name", ["HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"])
+@pytest.mark.parametrize("text", ["", " "])
+def test_what_is_empty_is_unset_for_libraries_too(name, text):
+    assert settled(f"import os; print({name!r} in os.environ)", **{name: text}) == "False\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "2;", "1e3"])
+def test_a_number_of_threads_that_is_none_is_one_line(text):
+    result = run(sys.executable, "-m", "dgutils", "doctor", OMP_NUM_THREADS=text)
+    assert (result.returncode, result.stderr.count("\n"), result.stdout) == (2, 1, "")
+    assert f"dgutils: OMP_NUM_THREADS={text}: give a number of threads, such as " in result.stderr
+
+
+@pytest.mark.parametrize("text", ["1", "16", "4,2"])
+def test_a_number_of_threads_is_passed_on(text):
+    assert settled("import os; print(os.environ['OMP_NUM_THREADS'])", OMP_NUM_THREADS=text) == f"{text}\n"
+
+
 @pytest.mark.parametrize("text", ["/no/such/folder", "pyproject.toml", "../no such"])
 @pytest.mark.parametrize("module", ["dgutils", "dgutils.paths"])
 def test_a_clone_that_is_none_is_one_line_of_a_command(module, text):
@@ -260,7 +278,8 @@ def test_umask(tmp_path, mask):
 
 
 @pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE", "ATEN_CPU_CAPABILITY",
-                                  "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "MKL_CBWR", "PYTEST_ADDOPTS", "GIT_DIR"])
+                                  "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "MKL_CBWR", "PYTEST_ADDOPTS", "GIT_DIR", "SOURCE_DATE_EPOCH",
+                                  "TQDM_MININTERVAL", "TORCH_LOGS", "TORCHDYNAMO_DISABLE", "shell_escape", "TFMFONTS"])
 def test_what_would_change_numbers_or_builds_is_dropped(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("https_proxy", "http://proxy")

@@ -197,6 +197,9 @@ def in_parameters(line):
     (in_parameters("import os"), "cell 2: 'import os': write"),
     (in_parameters("print(1)"), "cell 2: 'print(1)': write"),
     (in_parameters("num_evil: int = 3"), "cell 2: 'num_evil: int = 3': write `name: type = value` only, a known"),
+    (in_parameters("num_eval: int = 3\nnum_eval = 4"), "cell 2: 'num_eval = 4': write"),
+    (in_parameters("rho: float = 5.0"), "'rho: float = 5.0': write `name: type = value` only, a known parameter, once"),
+    (in_parameters("num_eval: int = 010"), "cell 2: 'num_eval: int = 010' is not Python"),
     (in_parameters("num_eval: int"), "cell 2: 'num_eval: int': write"),
     (in_parameters("num_eval, rho = 3, 4"), "cell 2: 'num_eval, rho = (3, 4)': write"),
 ])

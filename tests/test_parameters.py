@@ -1,6 +1,7 @@
 """Parameters: written once, read strictly; what no run can mean is one line that names its place."""
 
 import re
+from functools import partial
 
 import pytest
 import yaml
@@ -62,10 +63,20 @@ def test_profiles_that_stand_on_another_differ_only_in_what_they_say():
 
 
 @pytest.mark.parametrize("text, number", [
-    ("1e-4", 1e-4), ("'1e-4'", 1e-4), ("1.5E3", 1500), ("7", 7), ("+.5", 0.5), ("010", 10), ("1.", 1), ("1e+2", 100)])
+    ("1e-4", 1e-4), ("'1e-4'", 1e-4), ("1.5E3", 1500), ("7", 7), ("+.5", 0.5), ("0.5", 0.5), ("1.", 1), ("1e+2", 100),
+    ("1e-04", 1e-4), ("10", 10), ("5  # five", 5)])
 def test_a_decimal_number_is_that_number_however_it_is_written(profiles, text, number):
     profiles(a=f"rho: {text}")
     assert load("a").rho == load("a", parse_overrides([f"rho={text}"])).rho == number
+
+
+@pytest.mark.parametrize("text", ["010", "00.5", "-01", "007e1"])
+def test_leading_zeros_mean_ten_to_some_and_eight_to_others_so_nothing_here(profiles, text):
+    profiles(a=f"rho: {text}", b="", c=f"epochs: [{text}, 1, 1, 1, 1, 1]")
+    calls = [partial(load, "a"), partial(load, "c"), partial(load, "b", {"rho": text})]
+    calls += [partial(load, "b", parse_overrides([f"{name}={text}"])) for name in ("rho", "num_steps")]
+    for call in calls:
+        refused("is '.*': input should be a valid .*, without leading zeros", call)
 
 
 @pytest.mark.parametrize("text", ["1:30", "0x10", "0o17", "0b1", "1_000", ".inf", "-.inf", ".nan", "nan", "inf", "yes",
@@ -86,8 +97,19 @@ def test_what_only_looks_like_a_number_is_refused(profiles, text):
     ("sequential: 1", "sequential is 1: input should be a valid boolean"),
     ("feature_spaces: []", r"feature_spaces is \[\]: list should have at least 1 item"),
     ("feature_spaces: inception", "feature_spaces is 'inception': input should be a valid list"),
-    ("score_network: cifar10-edm-2m", "cifar10-edm-2m draws images of 3 channels, those of fashion_mnist"),
+    ("score_network: cifar10-edm-2m", "cifar10-edm-2m is of images with 3 channels, those of fashion_mnist"),
     ("score_network: nope", "no network 'nope'; shipped: "),
+    ("score_network: fashion-mnist-adm", "'fashion-mnist-adm' is no denoiser but: Noise-conditional ADM classifier"),
+    ("conditional_network: 32x32_classifier", "is no denoiser but: "),
+    ("feature_extractor: fashion-mnist-edm", "'fashion-mnist-edm' is no extractor but: Unconditional EDM denoiser"),
+    ("feature_extractor: cifar10-adm", "feature_extractor cifar10-adm is of images with 3 channels, those of fash"),
+    ("feature_extractor: ''", "no network ''; shipped"),
+    ("feature_spaces: [vgg]", "no network 'vgg'; shipped"),
+    ("feature_spaces: [efficientnet-lite0@33]", "unknown feature space 'efficientnet-lite0@33'"),
+    ("feature_spaces: [inception, cifar10-adm]", "feature_spaces cifar10-adm is of images with 3 channels"),
+    ("feature_spaces: [fashion-mnist-edm]", "'fashion-mnist-edm' is no extractor"),
+    ("published_discriminator: fashion-mnist-adm", "'fashion-mnist-adm' is no discriminator but"),
+    ("conditional_discriminator: edm-cifar10-32x32-cond-vp", "is no discriminator but"),
     ("epochs: [60, 40]", "table 1 needs one value a member in every column, not member_names 6, .*, epochs 2, "),
     ("learning_rates: [a, 1, 1, 1, 1, 1]", "learning_rates.0 is 'a'"),
     ("min_times: [0, 0, 0, 0, 0, 2]", "min_times.5 is 2: input should be less than or equal to 1"),

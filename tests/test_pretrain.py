@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -165,6 +166,40 @@ def test_diverging_training_stops_with_its_step(assets, tmp_path, monkeypatch):
 def test_unknown_recipe_lists_those_that_exist(assets):
     with pytest.raises(UserError, match="there are: toy"):
         pretrain.load_recipe("tyo")
+
+
+def of_training(**values):
+    """RECIPE with other values in its training, written as in YAML."""
+    text = RECIPE
+    for name, value in values.items():
+        assert f" {name}: " in text or f"{{{name}: " in text
+        text = re.sub(rf"([{{ ]{name}): [^,}}]*", rf"\1: {value}", text)
+    return text
+
+
+WRONG = {
+    "nothing": ("", "toy.yaml is no recipe"), "a list": ("[]", "toy.yaml is no recipe"),
+    "no YAML": ("a: {", "toy.yaml is not YAML: while parsing"),
+    "Latin-1": (b"# \xe9\n", "toy.yaml is not YAML: unacceptable character"),
+    "no architecture": (RECIPE.replace("architecture:", "architektur:"), "KeyError: 'architecture'"),
+    "another architecture": (RECIPE.replace("Denoiser", "Transformer"), "KeyError: 'Transformer'"),
+    "an unknown option": (RECIPE.replace("config: {", "config: {zz: 3, "), "toy.yaml is no recipe .*'zz'"),
+    "no batch": (of_training(batch_size="0"), "batch_size is 0: give a number, at least 1"),
+    "half a batch": (of_training(batch_size="1.5"), "batch_size is 1.5"),
+    "no images": (of_training(images="0"), " images is 0: give a number"),
+    "a rate in words": (of_training(learning_rate="1e-4"), "learning_rate is '1e-4': give a number, .* as 1.0e-4 is"),
+    "a rate below 0": (of_training(learning_rate="-1.0"), "learning_rate is -1.0"),
+    "NaN": (of_training(weight_decay=".nan"), "weight_decay is nan"),
+    "true": (of_training(log_every="true"), "log_every is True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
+def test_a_recipe_that_is_wrong_is_one_line_with_its_file(assets, tmp_path, text, message):
+    (assets / "toy.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
+        pretrain.train_network("toy", tmp_path / "out")
+    assert "\n" not in str(error.value) and "toy.yaml" in str(error.value)
 
 
 @pytest.mark.parametrize("card", sorted(checkpoints.ASSETS.glob("*.json")), ids=lambda path: path.stem)

@@ -109,10 +109,17 @@ def test_missing_damaged_and_double_results_are_refused():
     other.write()
     with pytest.raises(UserError, match="'fd.ensemble' is recorded elsewhere too"):
         load_results("quick")
-    for damage in ("", "{", "[]"):
+    whole = json.loads(path.read_text())
+    parts = [{"records": []}, {"records": {"a": [1]}}, {"tables": 3}, {"figures": {"a": 1}}, {"figures": None}]
+    parts = [whole | part for part in parts] + [{key: value for key, value in whole.items() if key != name}
+                                                for name in ("notebook", "provenance")]  # fmt: skip
+    for damage in ("", "{", "[]", "null", "<<<<<<< HEAD\n{}", *map(json.dumps, parts)):
         path.write_text(damage)
         with pytest.raises(UserError, match="04.json is not a results file"):
             load_results("quick")
+    path.write_text(json.dumps(whole | {"profile": None}))
+    with pytest.raises(UserError, match="04.json holds results of profile None: remove it"):
+        load_results("quick")
 
 
 def test_unwritable_results_are_one_clear_line(tmp_path):

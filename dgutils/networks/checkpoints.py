@@ -150,19 +150,22 @@ def _shipped() -> str:
     return ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors"))) or "none"
 
 
-def _entry(name: str) -> Published:
+def _entry(name: str, kind: str | None = None) -> Published:
     """What is known of a network without its file; one that is shipped has no address.
 
-    Raises UserError for another name, with all networks there are.
+    Raises UserError for another name, with all networks there are, or, if a kind is asked for, of another kind.
     """
     if (ASSETS / f"{name}.json").is_file():
         card = model_card(name)
-        kind = "denoiser" if card["recipe"]["architecture"] == "Denoiser" else "extractor"
-        return Published(name, kind, card["what"], f"{ASSETS / name}.safetensors", "", card["licence"], 0,
-                         card["recipe"]["config"], sha256=card["sha256"])  # fmt: skip
-    networks = {e.name: e for e in weights.registry().values() if e.config}
-    require(name in networks, f"no network '{name}'; shipped: {_shipped()}; published: {', '.join(networks)}")
-    return networks[name]
+        its = "denoiser" if card["recipe"]["architecture"] == "Denoiser" else "extractor"
+        entry = Published(name, its, card["what"], f"{ASSETS / name}.safetensors", "", card["licence"], 0,
+                          card["recipe"]["config"], sha256=card["sha256"])  # fmt: skip
+    else:
+        networks = {e.name: e for e in weights.registry().values() if e.config}
+        require(name in networks, f"no network '{name}'; shipped: {_shipped()}; published: {', '.join(networks)}")
+        entry = networks[name]
+    require(kind in (None, entry.kind), f"'{name}' is no {kind} but: {entry.what}")
+    return entry
 
 
 def _read(entry: Published) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -186,8 +189,7 @@ def _read(entry: Published) -> tuple[dict, dict[str, torch.Tensor]]:
 
 @functools.cache
 def _load(name: str, kind: str):
-    entry = _entry(name)
-    require(entry.kind == kind, f"'{name}' is no {kind} but: {entry.what}")
+    entry = _entry(name, kind)
     config, tensors = _read(entry)
     network = _ARCHITECTURES[kind](**config)
     network.load_state_dict({key: value.float() for key, value in tensors.items()})
@@ -217,9 +219,9 @@ def clock(name: str) -> str:
     return _entry(name).clock
 
 
-def network_config(name: str) -> dict:
-    """The options of the network `name`, without its file. Raises UserError for an unknown name."""
-    return _entry(name).config
+def network_config(name: str, kind: str | None = None) -> dict:
+    """The options of the network `name`, without its file. Raises UserError for an unknown name or another kind."""
+    return _entry(name, kind).config
 
 
 def image_shape(name: str) -> tuple[int, int, int]:

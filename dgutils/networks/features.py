@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dgutils.arrays import as_array, as_features, blocks, whole
+from dgutils.arrays import as_array, as_features, blocks, on_device, whole
 from dgutils.discriminator import CLOCKS
 from dgutils.errors import UserError, require
 from dgutils.networks import checkpoints, weights
@@ -36,6 +36,8 @@ def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu")
     """Features float32 [N,d] of images uint8 [N,H,W,C], through encode: float [B,C,H,W] in [-1,1] -> [B,d]."""
     images, features = as_images(images), []
     whole(1, batch_size=batch_size)
+    on_device(device)
+    require(callable(encode), f"encode is {encode!r}: give a function of images [B,C,H,W]")
     with torch.inference_mode():
         for _, batch in blocks(images, batch_size):
             x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2)
@@ -49,6 +51,7 @@ def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu")
 def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
     """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a published space (see `metric_name`)."""
     images = as_images(images, (1, 3))
+    on_device(device)
     if space == "inception":
         encode = _inception(weights.find("inception"), device)  # [B,2048]
     else:
@@ -58,7 +61,7 @@ def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, dev
 
 def encode(images: np.ndarray, space: str, device: str = "cpu") -> np.ndarray:
     """Features float32 [N,d] in a published space, or of an extractor (its name), averaged over positions."""
-    if space == "inception" or space.startswith("efficientnet"):
+    if published(space):
         return image_features(images, space, device=device)
     extractor = checkpoints.load_feature_extractor(space).to(device)
     now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
@@ -66,16 +69,22 @@ def encode(images: np.ndarray, space: str, device: str = "cpu") -> np.ndarray:
 
 
 def _resolution(space: str) -> int:
-    match = re.fullmatch(r"efficientnet-lite0@(\d+)", space)
+    match = re.fullmatch(r"efficientnet-lite0@(\d{1,4})", str(space))
     if not match or int(match[1]) < 32 or int(match[1]) % 32:
         raise UserError(f"unknown feature space {space!r}: use 'inception' or 'efficientnet-lite0@<pixels>', "
                         f"pixels a multiple of 32, such as {DEFAULT_SPACE!r}")
     return int(match[1])
 
 
+def published(space: str) -> bool:
+    """Whether a feature space is one of other people's, not an extractor's. Raises UserError if it is none at all."""
+    require(isinstance(space, str), f"unknown feature space {space!r}: give its name, such as {DEFAULT_SPACE!r}")
+    return space == "inception" or space.startswith("efficientnet") and bool(_resolution(space))
+
+
 def metric_name(space: str) -> str:
     """What a Fréchet distance in this space may be called: "FID" for Inception only."""
-    if space.startswith("efficientnet"):
+    if published(space) and space != "inception":
         return f"FD (EfficientNet-Lite0, {_resolution(space)} px)"
     return "FID" if space == "inception" else f"FD ({space} features)"
 

@@ -48,6 +48,8 @@ def _format(path):
             lines = [f"{code} files of TorchScript, which run when it is used (here they were not)"]
             return "TorchScript archive", lambda path: lines
         return "torch file (zip)", lambda path: _network(read_state_dict(path))
+    if start.startswith(b"PK"):
+        return "zip archive", lambda path: ["REFUSED: it is cut short: get it again"]
     if start.startswith(OLD_TORCH):
         return "torch file (before 1.6)", lambda path: _network(read_state_dict(path))
     if start.startswith(b"\x80"):

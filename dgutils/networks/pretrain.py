@@ -34,16 +34,33 @@ from dgutils.networks.unpickle import load_weights_only
 from dgutils.networks.weights import sha256_of
 
 PART_BYTES = 15 * 2**20  # of weights that must pass where only small files may
+# The numbers of a recipe's training, and the least of each; where that is whole, so is the number.
+TRAINING = {"images": 1, "decay_images": 1, "batch_size": 1, "learning_rate": 0.0, "warmup_steps": 1,
+            "weight_decay": 0.0, "ema_half_life": 0.0, "seed": 0, "log_every": 1}  # fmt: skip
 ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
 
 
 def load_recipe(name: str) -> dict:
-    """The recipe `assets/<name>.yaml`. Raises UserError, naming those that exist, if there is none."""
+    """The recipe `assets/<name>.yaml`. Raises UserError, naming those that exist, if there is none, or it is wrong."""
     path = ASSETS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in ASSETS.glob("*.yaml") if p.stem != "registry"))
         raise UserError(f"no recipe '{name}' in {ASSETS.name}; there are: {known}")
-    return yaml.safe_load(path.read_text())
+    try:
+        recipe = yaml.safe_load(path.read_bytes())
+        for key, least in TRAINING.items():
+            value = recipe["training"][key]
+            if type(value) not in (int, type(least)) or not least <= value < math.inf:
+                raise UserError(f"{path}: {key} is {value!r}: give a number, at least {least}, written as 1.0e-4 is")
+        with torch.device("meta"):  # its shapes alone
+            ARCHITECTURES[recipe["architecture"]](**recipe["config"])
+    except UserError:
+        raise
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no recipe ({type(error).__name__}: {error}): compare it with another") from error
+    return recipe
 
 
 def build(recipe: dict) -> nn.Module:

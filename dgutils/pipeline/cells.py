@@ -41,15 +41,17 @@ def read(path: Path) -> nbformat.NotebookNode:
     if len(tagged) != 1:
         raise UserError(f"{name} has {len(tagged)} cells with the tag `parameters`: give it to one, in JupyterLab's "
                         "property inspector")
+    seen = set()
     for line in tagged[0][1].body:
         declared = getattr(getattr(line, "target", None) or getattr(line, "targets", [None])[0], "id", None)
         try:
             ast.literal_eval(line.value)
         except (AttributeError, ValueError, TypeError):
             declared = None
-        if declared not in Parameters.model_fields:
+        if declared not in Parameters.model_fields or declared in seen:
             raise UserError(f"{tagged[0][0]}: {ast.unparse(line)[:60]!r}: write `name: type = value` only, a known "
-                            "parameter and a plain value")
+                            "parameter, once, and a plain value")
+        seen.add(declared)
     return notebook
 
 

@@ -14,9 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dgutils.errors import UserError, require
 from dgutils.networks import checkpoints
+from dgutils.networks.features import published
 from dgutils.paths import repo_root
 
-NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+# Without leading zeros: 010 is eight in one language, ten in another, and an error in Python, hence here.
+NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def _number(value: Any) -> Any:
@@ -32,6 +34,8 @@ Count = Annotated[int, Field(ge=1, le=10**7)]
 Seed = Annotated[int, Field(ge=0, lt=2**40)]
 Boosting = Literal["none", "released", "paper"]
 Fault = Literal["steps", "raw_logits", "sequential", "wrong_file", "last_epoch", "boosting", "batch_size"]
+NETWORKS = {"score_network": "denoiser", "conditional_network": "denoiser", "feature_extractor": "extractor",
+            "published_discriminator": "discriminator", "conditional_discriminator": "discriminator"}  # fmt: skip
 Variant = Literal["bootstrap", "disjoint", "best", "long", "overfitted", "overfitted_best", "full", "full_best",
                   "full_raw", "worse", "tasks"]  # fmt: skip
 
@@ -139,10 +143,15 @@ class Parameters(BaseModel):
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{name} has {max(values, key=values.count, default='')} twice")
         channels = {"fashion_mnist": 1, "cifar10": 3}[self.dataset]
-        for name in ("score_network", "conditional_network"):
-            network = getattr(self, name)
-            if (network or name == "score_network") and (its := checkpoints.image_shape(network)[0]) != channels:
-                raise UserError(f"{name} {network} draws images of {its} channels, those of {self.dataset} have "
+        used = [(name, getattr(self, name), kind) for name, kind in NETWORKS.items()]
+        used += [("feature_spaces", space, "extractor") for space in self.feature_spaces if not published(space)]
+        for name, network, kind in used:
+            if not network and not Parameters.model_fields[name].default:  # may be left out
+                continue
+            config = checkpoints.network_config(network, kind)
+            its = config.get("img_channels", config.get("in_channels"))
+            if kind != "discriminator" and its != channels:
+                raise UserError(f"{name} {network} is of images with {its} channels, those of {self.dataset} have "
                                 f"{channels}: choose a network of that dataset")
         return self
 
@@ -217,6 +226,7 @@ def _check(values: Mapping[str, Any], source: str) -> "Parameters":
         if where and first["type"] != "value_error":
             value = value if len(value) < 60 else value[:57] + "..."
             message = f"{where} is {value}: {message[0].lower()}{message[1:]}"
+            message += ", without leading zeros" * bool(re.match("'[-+]?0[0-9]", value))
         raise UserError(f"{source}: {message.removeprefix('Value error, ')}") from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.paths import results_dir, runs_dir
 from dgutils.pipeline.store import KEPT, digest_of_file, disk_errors, read_kept, read_manifest, write_file, write_sealed
 from dgutils.results.provenance import lineage
@@ -157,8 +157,10 @@ def read_results(path: Path) -> dict:
     """The content of one results file. Raises UserError if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content}
-    except (ValueError, TypeError) as error:
+        items = [item for part in ("records", "tables", "figures") for item in content.get(part, {}).values()]
+        require({"notebook", "provenance"} <= content.keys() and all(isinstance(item, dict) for item in items), "parts")
+        return content
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a results file: remove it and run its notebook again") from error
 
 
