@@ -84,7 +84,7 @@ def _fill(group: ranks.Group, declared: Declared) -> None:
                 except ranks.TimeUp:
                     break
             group.stop_if_late()
-    for item in declared.made:
+    for item in needed(declared.made, lambda item: group.agree(item.lacks)):
         item.ensure()
     for some in (scores[i : i + SCORED_AT_ONCE] for i in range(0, len(scores), SCORED_AT_ONCE)):
         for score in some:
