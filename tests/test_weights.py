@@ -191,6 +191,7 @@ def test_a_recorded_checksum_is_enforced(folder, server):
     server.content = bytes(data)
     with pytest.raises(UserError, match="if the publisher changed it, remove its entry from"):
         fetch()
+    (folder / "net.pt").write_bytes(CONTENT)
     (folder / "checksums.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         weights.status(["net"])
