@@ -148,7 +148,8 @@ class _Rows:
     """
 
     def __init__(self, features: np.ndarray, centre: torch.Tensor, block: int):
-        self.x, self.centre, self.dtype = torch.from_numpy(features).to(centre.device), centre, features.dtype
+        x = torch.from_numpy(np.require(features, requirements="CW"))  # torch reads no other array
+        self.x, self.centre, self.dtype = x.to(centre.device), centre, features.dtype
         self.slices = [slice(start, min(start + block, len(features))) for start in range(0, len(features), block)]
         self.square = torch.cat([self.tile(s).square().sum(1) for s in self.slices])  # [N]: |x-c|^2
         self.share = torch.cat([self.tile(s) @ centre for s in self.slices]) + centre @ centre / 2  # [N]
@@ -297,8 +298,7 @@ class Resampled:
     # difference in 96 to 100 % of trials; where n < d, percentile and basic intervals fell as low as 0 %.
     def interval(self, level: float = 0.95) -> Interval:
         """Interval for the statistic's expectation at this n."""
-        require(isinstance(level, (int, float)) and 0 < level < 1,
-                f"level {level!r}: a confidence level lies between 0 and 1")
+        require(isinstance(level, float) and 0 < level < 1, f"level {level!r}: a confidence level lies between 0 and 1")
         require(len(self.draws), "an interval needs resamples: ask for some")
         low, high = np.quantile(self.draws - self.draws.mean(), [(1 - level) / 2, (1 + level) / 2])
         return Interval(self.value, float(self.value - high), float(self.value - low), level, len(self.draws))

@@ -90,11 +90,11 @@ def test_arms_are_compared_recorded_and_shown(ledger):
 def test_real_images_and_baselines_have_no_change(ledger):
     real = scores("real", 1.0, 0.0)
     real = replace(real, arm=RealSet("fashion_mnist", "test", 20))
-    ledger.compare({"floor": {"first": real}, "unguided": {"first": scores("u", 4.0, 0.002)}}, "unguided", "arm", "A",
-                   ["arms"])
+    arms = {"floor": {"first": [real]}, "unguided": {"first": [scores("u", 4.0, 0.002)]}}
+    ledger.compare(arms, "unguided", "arm", "A", ["arms"])
     assert not [key for key in ledger.records if key.endswith("_change")]
     with pytest.raises(UserError, match="a paired comparison needs equal"):
-        ledger.change("x", {"first": scores("a", 3.0, 0.001, n=10)}, {"first": scores("b", 3.0, 0.001)}, "A")
+        ledger.change("x", {"first": [scores("a", 3.0, 0.001, n=10)]}, {"first": [scores("b", 3.0, 0.001)]}, "A")
 
 
 def test_changes_over_trainings(ledger):
@@ -111,7 +111,7 @@ def test_changes_over_trainings(ledger):
 
 
 def test_claims_test_themselves(ledger):
-    good, bad = {"first": scores("good", 3.0, 0.001)}, {"first": scores("bad", 3.0, 0.003)}
+    good, bad = {"first": [scores("good", 3.0, 0.001)]}, {"first": [scores("bad", 3.0, 0.003)]}
     ledger.claim("dg", "guidance lowers FID", good, bad, "A", published_as=("dg.edm.fid", "dg.edmgpp.fid"))
     ledger.claim("own", "ours is higher", good, bad, "A", sign=1)
     ledger.claim("none", "of other data", None, None, "A", published_as=("dg.edm.nll", "dg.edmgpp.nll"))
@@ -126,20 +126,21 @@ def test_claims_test_themselves(ledger):
 
 def test_excess_compares_guidance_of_unequal_steps():
     plain, better = scores("unguided", 4.0, 0.002), scores("unguided, more steps", 3.0, 0.001)
-    one = excess({"first": scores("one", 3.0, 0.001)}, {"first": plain})["first"]
+    (one,) = excess({"first": [scores("one", 3.0, 0.001)]}, {"first": [plain]})["first"]
     (other,) = excess({"first": [scores("other", 3.0, 0.001)]}, {"first": [better]})["first"]
     assert (one.fd.value, one.kid.value, other.fd.value) == (-1, -0.001, 0)
     assert one.digest == "digest-one+digest-unguided"
     assert one.minus(other).value == -1 and abs(one.minus(other).low + 1) < 1e-12  # fd: equal draws cancel
-    same = excess({"first": scores("other", 5.0, 0.003)}, {"first": plain})["first"]  # of equal steps: the difference
+    # Of equal steps it is the difference.
+    (same,) = excess({"first": [scores("other", 5.0, 0.003)]}, {"first": [plain]})["first"]
     direct = scores("one", 3.0, 0.001).minus(scores("other", 5.0, 0.003), "kid")
     assert np.allclose([same.minus(one, "kid").value, one.minus(same, "kid").low], [0.002, direct.low])
     with pytest.raises(UserError, match="a paired comparison needs equal"):
-        excess({"first": scores("one", 3.0, 0.001, n=10)}, {"first": plain})
+        excess({"first": [scores("one", 3.0, 0.001, n=10)]}, {"first": [plain]})
 
 
 def test_mean_of_members():
-    mean = mean_of([{"first": scores("a", 2.0, 0.001)}, {"first": scores("b", 4.0, 0.003)}], "mean")["first"]
+    (mean,) = mean_of([{"first": [scores("a", 2.0, 0.001)]}, {"first": [scores("b", 4.0, 0.003)]}], "mean")["first"]
     assert (mean.fd.value, mean.kid.value, mean.arm.label) == (3, 0.002, "mean")
     assert abs(mean.manifold["precision"] - 0.3) < 1e-12 and mean.digest == "digest-a+digest-b"
     interval = mean.minus(scores("c", 1.0, 0.002))

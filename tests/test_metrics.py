@@ -303,8 +303,9 @@ AS = {
     "list of rows": lambda x: list(x), "list of lists": lambda x: x.tolist(), "tensor": torch.from_numpy,
     "tensor with gradient": lambda x: torch.from_numpy(x).requires_grad_(), "double": lambda x: x.astype(np.float64),
     "list of tensors with gradient": lambda x: [row for row in torch.from_numpy(x).requires_grad_()],
-    "backwards": lambda x: x[::-1].copy()[::-1], "big-endian": lambda x: x.astype(">f4"),
-    "not contiguous": lambda x: np.asfortranarray(x), "transposed tensor": lambda x: torch.from_numpy(x.T.copy()).t(),
+    "not contiguous": lambda x: np.asfortranarray(x), "reversed": lambda x: x[::-1].copy()[::-1],
+    "read-only": lambda x: np.broadcast_to(x, x.shape), "other byte order": lambda x: x.astype(">f4"),
+    "transposed tensor": lambda x: torch.from_numpy(x.T.copy()).t(),
 }  # fmt: skip
 
 
@@ -390,6 +391,7 @@ def test_features_too_large_for_a_score_are_refused(size, dtype):
     (lambda: metrics.PairReference(X).compare(Y).kid.interval(), "needs resamples"),
     (lambda: metrics.resample(np.mean, X, 3, -1), "seed -1"),
     (lambda: metrics.resample(np.mean, X, 2.0, 0), "n_resamples 2.0"),
+    (lambda: metrics.bootstrap(np.mean, X, 2, 0, "0.95"), "level '0.95': a confidence level lies between 0 and 1"),
     (lambda: metrics.resample(np.mean, 3.0, 3, 0), "at least 2 images"),
     (lambda: metrics.FrechetReference(X).bootstrap_distances(Y, [[0, 30]]), "numbers from 0 to 29"),
     (lambda: metrics.FrechetReference(X).bootstrap_distances(Y, [0, 1]), "rows"),

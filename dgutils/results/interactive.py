@@ -9,13 +9,6 @@ import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG, 770 pixels wide, as the notebooks' other figures are."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    return buffer.getvalue()
-
-
 class Explorer(widgets.VBox):
     """One control for each argument of `draw`, and below them the figure that `draw` returns.
 
@@ -39,7 +32,9 @@ class Explorer(widgets.VBox):
 
     def redraw(self, change=None):
         """Draw the figure anew, with the controls' values."""
-        self.picture.value = png(self.draw(**{name: control.value for name, control in self.controls.items()}))
+        figure, png = self.draw(**{name: control.value for name, control in self.controls.items()}), io.BytesIO()
+        figure.savefig(png, format="png", dpi=140)  # 770 pixels wide, as the notebooks' other figures
+        self.picture.value = png.getvalue()
 
     def _repr_mimebundle_(self, **kwargs):
         return super()._repr_mimebundle_(**kwargs) | {"image/png": base64.b64encode(self.picture.value).decode()}

@@ -1,7 +1,7 @@
 """A notebook's ledger: what it records, its tables and sentences, and claims that test themselves.
 
-An arm's scores come by feature space, {"first": Scores, "second": Scores}; a list in the place of a Scores is an arm
-over independent trainings. Records are named <key>.<space>.<score> and <key>.<space>.<score>_change.
+An arm's scores come by feature space, {"first": [Scores], "second": [Scores]}, of one or more independent trainings.
+Records are named <key>.<space>.<score> and <key>.<space>.<score>_change.
 """
 
 import json
@@ -30,7 +30,7 @@ from dgutils.results.statements import direction, summary, two_digits, verdict, 
 SCORES = {"fd": ("FD", 1), "kid": ("KID x 1000", 1000)}  # name in print, and factor
 COLUMNS = {"fd": "FD", "kid": "KID x 1000", "fd_change": "FD change", "kid_change": "KID change",
            "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage"}
-BySpace = dict[str, Scores | list[Scores]]
+BySpace = dict[str, list[Scores]]
 
 
 # --- scores of scores
@@ -41,18 +41,24 @@ def scaled(interval: Interval, factor: float) -> Interval:
     return replace(interval, value=factor * interval.value, low=factor * interval.low, high=factor * interval.high)
 
 
-def combined(arms: list[Scores], label: str, combine) -> Scores:
-    """Scores of several arms made into one's: combine is applied to values, draws and manifold scores alike."""
-    fd, kid = (Resampled(float(combine([getattr(arm, score).value for arm in arms])),
-                         combine([getattr(arm, score).draws for arm in arms])) for score in SCORES)
-    manifold = {name: float(combine([arm.manifold[name] for arm in arms])) for name in arms[0].manifold}
-    digest = "+".join(arm.digest for arm in arms)
-    return Scores(replace(arms[0].arm, label=label), arms[0].space, digest, fd, kid, manifold)
+def combined(arms: list[BySpace], label: str, combine) -> BySpace:
+    """Scores of several arms made into one's, training by training, by values, draws and manifold scores alike.
+
+    label: of the one, where {} stands for that of the first arm.
+    """
+    def one(*scores: Scores) -> Scores:
+        first, digest = scores[0], "+".join(each.digest for each in scores)
+        fd, kid = (Resampled(float(combine([getattr(each, score).value for each in scores])),
+                             combine([getattr(each, score).draws for each in scores])) for score in SCORES)
+        manifold = {name: float(combine([each.manifold[name] for each in scores])) for name in first.manifold}
+        return Scores(replace(first.arm, label=label.format(first.arm.label)), first.space, digest, fd, kid, manifold)
+
+    return {slot: [one(*each) for each in zip(*(arm[slot] for arm in arms), strict=True)] for slot in arms[0]}
 
 
 def mean_of(arms: list[BySpace], label: str) -> BySpace:
     """The mean of several arms' scores, as one arm: what a member reaches on average."""
-    return {slot: combined([arm[slot] for arm in arms], label, partial(np.mean, axis=0)) for slot in arms[0]}
+    return combined(arms, label, partial(np.mean, axis=0))
 
 
 def excess(arm: BySpace, unguided: BySpace) -> BySpace:
@@ -61,17 +67,10 @@ def excess(arm: BySpace, unguided: BySpace) -> BySpace:
     More steps make better images without any guidance. To compare the *guidance* of arms of different numbers of steps
     is to compare these, a difference of differences; of equal numbers it is the plain difference.
     """
-    def less(one, other):
-        one.minus(other)  # raises unless the two are of the same seeds
-        return combined([one, other], f"effect of {one.arm.label}", lambda pair: pair[0] - pair[1])
-
-    return {slot: [less(*pair) for pair in paired(scores, unguided[slot])] if isinstance(scores, list) else
-            less(scores, unguided[slot]) for slot, scores in arm.items()}
-
-
-def paired(arm: Scores | list[Scores], baseline: Scores | list[Scores]) -> list[tuple[Scores, Scores]]:
-    """(arm, baseline) of each training."""
-    return list(zip(arm, baseline, strict=True)) if isinstance(arm, list) else [(arm, baseline)]
+    for slot, scores in arm.items():
+        for one, other in zip(scores, unguided[slot], strict=True):
+            one.minus(other)  # raises unless the two are of the same seeds
+    return combined([arm, unguided], "effect of {}", lambda pair: pair[0] - pair[1])
 
 
 def over_trainings(values, level: float = 0.95) -> Interval:
@@ -102,14 +101,10 @@ class Ledger:
         self.claims: dict[str, dict] = {}
 
     def scores(self, arms: dict, spaces=("first", "second"), reference=None) -> dict[str, BySpace]:
-        """Scores of arms, computed or found: name -> space -> Scores, or their list where the arm is one."""
-        def of(arm, space):
-            if isinstance(arm, list):
-                return [of(one, space) for one in arm]
-            return self.experiment.scores(arm, space, reference)
-
-        return {name: {slot: of(arm, space) for slot, space in self.spaces.items() if slot in spaces}
-                for name, arm in arms.items()}
+        """Scores of arms, computed or found; an arm is images, or a list of them from as many trainings."""
+        arms = {name: arm if isinstance(arm, list) else [arm] for name, arm in arms.items()}
+        return {name: {slot: [self.experiment.scores(one, space, reference) for one in arm]
+                       for slot, space in self.spaces.items() if slot in spaces} for name, arm in arms.items()}
 
     # --- numbers
 
@@ -142,8 +137,8 @@ class Ledger:
                 self.value(f"settings.{name}", value, f"parameter {name}", "parameters")
 
     def level(self, key: str, arm: BySpace, section: str) -> None:
-        """Record an arm's scores in each feature space: FD, KID, precision, recall, density, coverage."""
-        for slot, scores in arm.items():
+        """Record an arm's scores in each feature space, of its first training: FD, KID and manifold scores."""
+        for slot, (scores, *_) in arm.items():
             found = {score: (title, scaled(getattr(scores, score).interval(), factor), None)
                      for score, (title, factor) in SCORES.items()}
             found |= {name: (name, value, 3) for name, value in scores.manifold.items()}
@@ -161,7 +156,7 @@ class Ledger:
         each one's change of KID, and standard deviations.
         """
         for slot in arm:
-            pairs = paired(arm[slot], baseline[slot])
+            pairs = list(zip(arm[slot], baseline[slot], strict=True))
             one, several = pairs[0][0], f", over {len(pairs)} trainings" if len(pairs) > 1 else ""
             names = tuple(scores.arm.label.partition(", training")[0] for scores in pairs[0])
             self.compared[key] = words or names
@@ -216,7 +211,7 @@ class Ledger:
         """
         p, rows, tables = self.parameters, dict(above or {}), dict(zip(self.spaces, tables, strict=False))
         for name, arm in scores.items():
-            one = next(iter(arm.values()))
+            one = next(iter(arm.values()))[0]
             base = scores[to] if isinstance(to, str) else to if to and to.keys() <= self.spaces.keys() else to.get(name)
             rows[f"{key}.{name}"] = (labels or {}).get(name, one.arm.label[:1].upper() + one.arm.label[1:])
             self.level(f"{key}.{name}", {slot: arm[slot] for slot in tables}, section)
@@ -290,9 +285,8 @@ class Ledger:
         if arm is not None:
             self.change(name, arm, baseline, section, only=["kid"])
             verdicts = {slot: verdict(sign, *self.records[f"{name}.{slot}.kid_change"]["interval"]) for slot in arm}
-            trainings = paired(arm["first"], baseline["first"])
-            self.value(f"{name}.n", trainings[0][0].arm.n, f"{text}: n", section)
-            self.value(f"{name}.trainings", len(trainings), f"{text}: trainings", section)
+            self.value(f"{name}.n", arm["first"][0].arm.n, f"{text}: n", section)
+            self.value(f"{name}.trainings", len(arm["first"]), f"{text}: trainings", section)
         word = summary(list(verdicts.values()))
         word = word if published_as else word.replace("reproduced", "supported")  # nobody published it before
         self.value(f"{name}.summary", word, f"{text}: summary", section)
