@@ -53,9 +53,10 @@ class GuidedDenoiser:
 
     denoise: the unguided denoiser; ensemble: has log_density_ratio(x_vp, vp_time), and class labels as a third
     argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor (one for all steps, or
-    one a step), weight_2nd_order on the Heun corrector. time_min, time_max: VP times outside of which there is no guidance, image by image (the
-    authors' code asks the batch's least time, which differs only while boosting). Raises UserError as `check_settings`.
+    one a step), weight_2nd_order on the Heun corrector. time_min, time_max: VP times outside of which there is no
+    guidance, image by image (the authors' code asks the batch's least time, which differs only while boosting).
     change: what is made of the guidance, a function of it [N, C, H, W] and sigma [N]; None: nothing.
+    Raises UserError as `check_settings`.
     `last_log_ratio` [N] and `last_guidance` [N, C, H, W] keep the newest predictor's values for inspection.
     """
 
