@@ -53,14 +53,18 @@ CLOCKS = {"linear": lambda vp_time: vp_time, "cosine": vp_to_cosine_time}
 
 
 class Ensemble(nn.Module):
-    """Heads over one shared extractor, combined by a rule of RULES, on a clock of CLOCKS. Freezes all networks."""
+    """Heads over one shared extractor, combined by a rule, on a clock of CLOCKS. Freezes all networks.
+
+    rule: a name of RULES, or a function of your own of logits [M, N] and noise levels sigma [N].
+    """
 
     def __init__(self, extractor, heads, rule, clock="linear"):
         super().__init__()
-        require(rule in RULES, f"unknown combination rule {rule!r}: choose one of {', '.join(RULES)}")
+        require(callable(rule) or rule in RULES, f"unknown combination rule {rule!r}: choose one of {', '.join(RULES)}")
         require(heads, "an ensemble needs at least one discriminator head")
         require(clock in CLOCKS, f"unknown clock {clock!r}: choose one of {', '.join(CLOCKS)}")
-        self.extractor, self.heads, self.rule, self.clock = extractor, nn.ModuleList(heads), rule, CLOCKS[clock]
+        self.extractor, self.heads, self.clock = extractor, nn.ModuleList(heads), CLOCKS[clock]
+        self.rule = rule if callable(rule) else lambda logits, sigma: RULES[rule](logits)
         self.eval().requires_grad_(False)
 
     @property
@@ -80,7 +84,8 @@ class Ensemble(nn.Module):
 
     def log_density_ratio(self, x_vp, vp_time, class_labels=None):
         """Combined log p_data / p_model [N], in nats; arguments as in `logits`."""
-        return RULES[self.rule](self.logits(x_vp, vp_time, class_labels))
+        sigma = vp_time_to_sigma(torch.as_tensor(vp_time, dtype=torch.float64)).expand(len(x_vp))
+        return self.rule(self.logits(x_vp, vp_time, class_labels), sigma.to(x_vp.device))
 
 
 @dataclass(frozen=True)

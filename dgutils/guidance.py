@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from dgutils.errors import require
@@ -43,7 +44,7 @@ def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boost
     require(boosting in BOOSTING, f"unknown boosting '{boosting}'; choose one of {', '.join(BOOSTING)}")
     require(0 <= time_min <= time_max <= 1,
             f"guidance window [{time_min}, {time_max}]: needs 0 <= time_min <= time_max <= 1")
-    require(0 <= weight_1st_order < math.inf and 0 <= weight_2nd_order < math.inf,
+    require(all(0 <= weight < math.inf for weight in (*np.ravel(weight_1st_order), weight_2nd_order)),
             f"guidance weights {weight_1st_order}, {weight_2nd_order} must be finite, not negative")
 
 
@@ -51,20 +52,24 @@ class GuidedDenoiser:
     """A denoiser with discriminator guidance (report, eq:guided), for `edm_sampler`.
 
     denoise: the unguided denoiser; ensemble: has log_density_ratio(x_vp, vp_time), and class labels as a third
-    argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor, weight_2nd_order on
-    the Heun corrector. time_min, time_max: VP times outside of which there is no guidance, image by image (the
-    authors' code asks the batch's least time, which differs only while boosting). Raises UserError as `check_settings`.
+    argument if class_labels, int64 [N], are given. weight_1st_order acts on the Euler predictor (one for all steps, or
+    one a step), weight_2nd_order on the Heun corrector. time_min, time_max: VP times outside of which there is no
+    guidance, image by image (the authors' code asks the batch's least time, which differs only while boosting).
+    change: what is made of the guidance, a function of it [N, C, H, W] and sigma [N]; None: nothing.
+    Raises UserError as `check_settings`.
     `last_log_ratio` [N] and `last_guidance` [N, C, H, W] keep the newest predictor's values for inspection.
     """
 
     churn = None  # of its own it adds no noise: the sampler's settings hold
 
     def __init__(self, denoise: Denoise, ensemble, weight_1st_order=2.0, weight_2nd_order=0.0,
-                 time_min=0.01, time_max=1.0, precision="float32", log_ratio="logit", class_labels=None):  # fmt: skip
+                 time_min=0.01, time_max=1.0, precision="float32", log_ratio="logit", class_labels=None,
+                 change=None):  # fmt: skip
         check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, log_ratio=log_ratio)
         self.denoise, self.ensemble, self.precision = denoise, ensemble, precision
         self.weights = {1: weight_1st_order, 2: weight_2nd_order}
         self.time_min, self.time_max, self.log_ratio, self.class_labels = time_min, time_max, log_ratio, class_labels
+        self.change = change
         self.last_log_ratio = self.last_guidance = None
 
     def __call__(self, x, sigma, step, order):
@@ -75,13 +80,15 @@ class GuidedDenoiser:
         vp_time = sigma_to_vp_time(sigma)
         inside = (vp_time >= self.time_min) & (vp_time <= self.time_max)
         log_ratio, guidance = torch.full_like(sigma, torch.inf), torch.zeros_like(x)
-        if self.weights[order] and inside.any():
+        weight = self.weights[order] if np.ndim(self.weights[order]) == 0 else self.weights[order][step]
+        if weight and inside.any():
             grad, log_ratio = grad_log_density_ratio(self.ensemble, x, sigma, self.precision, self.class_labels,
                                                      self.log_ratio)  # fmt: skip
             bad = ~torch.isfinite(grad).flatten(1).all(1) & inside
             if bad.any():
                 raise NotFinite("the guidance", bad)
-            guidance = (self.weights[order] * sigma**2 * inside)[:, None, None, None] * grad
+            guidance = (weight * sigma**2 * inside)[:, None, None, None] * grad
+            guidance = guidance if self.change is None else self.change(guidance, sigma)
             # Outside the window nothing is known of an image, which counts as "not in need" (as released).
             log_ratio = torch.where(inside, log_ratio, torch.inf)
         if order == 1:

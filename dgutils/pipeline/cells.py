@@ -1,6 +1,7 @@
 """The notebooks' sources: their cells, checked, and what their tagged cells declare, run without a kernel."""
 
 import ast
+import linecache
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,8 @@ def _tagged(path: Path, notebook: nbformat.NotebookNode, tags: set[str]) -> list
             continue
         try:
             found.append((place, ast.parse(cell.source, place), own))
+            lines = cell.source.splitlines(keepends=True)
+            linecache.cache[place] = len(cell.source), None, lines, place  # so that a rule written here has a source
         except SyntaxError as error:
             line = (cell.source.splitlines() or [""])[(error.lineno or 1) - 1].strip()
             raise UserError(f"{place}: {line[:60]!r} is not Python (no magics here): {error.msg}") from error

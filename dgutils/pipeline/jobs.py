@@ -7,8 +7,10 @@ fails when numbers change and the version does not).
 """
 
 import dataclasses
+import inspect
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from dgutils.machine import device, log_line, resolve_precision
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import init_head
 from dgutils.networks.features import encode
-from dgutils.noise import PerSampleNoise, class_labels, karras_sigmas, vp_sigmas
+from dgutils.noise import RESAMPLING, PerSampleNoise, class_labels, karras_sigmas, keyed_rng, vp_sigmas
 from dgutils.paths import results_dir, runs_dir, torchrun_ranks, verbose
 from dgutils.pipeline import ranks
 from dgutils.pipeline.store import KEPT, ShardedSet, Store, digest_of_json
@@ -36,6 +38,7 @@ from dgutils.training import Split, TrainingSettings, train_discriminators
 
 VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "evaluate": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
+PILOT = range(3_000_000, 3_000_064)  # seeds on which norms are measured, apart from all that are scored
 
 
 def open_store(profile: str) -> Store:
@@ -57,8 +60,18 @@ def less_defaults(config, *without: str) -> dict:
     """The fields of a frozen config, but for some, that differ from their defaults: its identity in the store.
 
     A field added later, with a default that means what was done before, leaves identities alone; defaults never change.
+    A function is its source, a partial its function and keywords: write it in a cell or a module, without a closure.
     """
-    return {f.name: value for f in dataclasses.fields(config)
+    def identity(value):
+        if isinstance(value, Guidance):
+            return less_defaults(value, "discriminators") | {"discriminators": value.discriminators.digest}
+        if getattr(value, "args", ()) or getattr(value, "__closure__", None):
+            raise UserError(f"{value}: give a function's settings as functools.partial(function, name=value)")
+        if isinstance(value, partial):
+            return {"function": identity(value.func), "of": value.keywords}
+        return inspect.getsource(value) if callable(value) else value
+
+    return {f.name: identity(value) for f in dataclasses.fields(config)
             if f.name not in without and (value := getattr(config, f.name)) != f.default}
 
 
@@ -134,11 +147,15 @@ class Published(Discriminators):
 
 @dataclass(frozen=True)
 class Guidance:
-    """Which discriminators guide, how they are combined, and how strongly (table 2)."""
+    """Which discriminators guide, how they are combined, and how strongly (table 2).
+
+    rule: as of `Ensemble`. change: as of `GuidedDenoiser`. equal_to: another guidance, whose mean norm this one is to
+    have at every noise level (see `equalised`).
+    """
 
     discriminators: Discriminators
     members: tuple[int | tuple[int, int], ...]
-    rule: str = "mean_logit"
+    rule: str | Callable = "mean_logit"
     state: str = "last"
     weight_1st_order: float = 2.0
     weight_2nd_order: float = 0.0
@@ -146,6 +163,8 @@ class Guidance:
     time_max: float = 1.0
     boosting: str = "none"
     log_ratio: str = "logit"
+    change: Callable | None = None
+    equal_to: "Guidance | None" = None
 
     def __post_init__(self):
         check_settings(self.weight_1st_order, self.weight_2nd_order, self.time_min, self.time_max, self.boosting,
@@ -173,10 +192,31 @@ def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()
         denoise = classifier_free_denoiser(denoise, unconditional, sampling.cfg_weight)
     if guidance is None:
         return denoise
+    guidance = equalised(sampling, guidance)
     guided = GuidedDenoiser(denoise, guidance.ensemble, guidance.weight_1st_order, guidance.weight_2nd_order,
                             guidance.time_min, guidance.time_max, sampling.precision, guidance.log_ratio,
-                            labels if guidance.ensemble.conditional else None)
+                            labels if guidance.ensemble.conditional else None, guidance.change)
     return BOOSTING[guidance.boosting](guided)
+
+
+def equalised(sampling: Sampling, guide: Guidance) -> Guidance:
+    """The guidance with a first-order weight a step, such that its mean norm there is that of `equal_to`.
+
+    Both norms are means over the images of PILOT, along their unguided trajectories.
+    """
+    if guide.equal_to is None:
+        return guide
+    plain, norms = make_denoiser(sampling), np.zeros((2, sampling.num_steps))
+    pair = [make_denoiser(sampling, which) for which in (replace(guide, equal_to=None), guide.equal_to)]
+
+    def watched(x, sigma, step, order):
+        if order == 1:
+            norms[:, step] = [one.guidance(x, sigma, step, 1).flatten(1).norm(dim=1).mean().item() for one in pair]
+        return plain(x, sigma, step, order)
+
+    draw(sampling, watched, PILOT)
+    ratio = np.divide(norms[1], norms[0], out=np.zeros(sampling.num_steps), where=norms[0] > 0)
+    return replace(guide, weight_1st_order=tuple(guide.weight_1st_order * ratio), equal_to=None)
 
 
 def draw(sampling: Sampling, denoise, seeds, churn=None) -> torch.Tensor:
@@ -236,12 +276,13 @@ class ImageSet:
         if self.sources and ranks.group().agree(self.lacks):
             for trained in self.sources:
                 trained.ensure()
-        guide = self.guide and replace(self.guide)  # a copy, whose networks go when the images are there
+        # a copy, whose networks go when the images are there
+        guide = cache(lambda: self.guide and equalised(self.sampling, replace(self.guide)))
 
         def draw_shard(seeds):
             size = self.sampling.batch_size
             batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-            images = [datasets.to_uint8(sample(self.sampling, batch, guide)) for batch in batches]
+            images = [datasets.to_uint8(sample(self.sampling, batch, guide())) for batch in batches]
             return {"images": np.concatenate(images)}
 
         self.rows.ensure(self.n, draw_shard)
@@ -296,7 +337,8 @@ class Training(TrainingSettings):
     """How discriminators are trained: settings of the loop (table 1), and the data, frozen extractor and head.
 
     num_real: of real images, and of generated ones. precision: as of `Sampling`. held_out_every: of so many images,
-    one validates and one tests.
+    one validates and one tests. real_seed: which real images, as drawn by it (default: the first). shuffled: a control,
+    whose labels say nothing.
     """
 
     dataset: str
@@ -305,6 +347,8 @@ class Training(TrainingSettings):
     num_real: int
     precision: str = "auto"
     held_out_every: int = 10
+    real_seed: int | None = None
+    shuffled: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "precision", resolve_precision(self.precision, pixels=False))
@@ -430,9 +474,16 @@ class Trained(Discriminators):
         if n != len(fakes) or n > len(real) or n < 10:
             raise UserError(f"{n} real and {len(fakes)} generated images: give as many of each, from 10 to "
                             f"{len(real)}")
+        if config.real_seed is not None:
+            chosen = keyed_rng(config.real_seed, RESAMPLING).permutation(len(real))[:n]
+            real, labels = real[chosen], labels[chosen]
         parts = [datasets.split_indices(of, config.seed, config.held_out_every) for of in (labels[:n], np.full(n, -1))]
-        return [Split(np.concatenate([real[r], fakes[f]]), np.repeat([1, 0], [len(r), len(f)]))
-                for r, f in zip(*parts, strict=True)]
+        splits = [Split(np.concatenate([real[r], fakes[f]]), np.repeat([1, 0], [len(r), len(f)]))
+                  for r, f in zip(*parts, strict=True)]
+        if config.shuffled:
+            for number, split in enumerate(splits):
+                keyed_rng(config.seed, number, RESAMPLING).shuffle(split.labels)
+        return splits
 
     @cached_property
     def test_split(self) -> Split:
