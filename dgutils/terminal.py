@@ -69,7 +69,7 @@ def bar(total: int, label: str, done: int = 0, shown: bool = True) -> tqdm:
     """A bar, with the time left, that leaves nothing behind: in a terminal, in Jupyter, or as a line now and then."""
     in_jupyter = hasattr(sys.stderr, "pub_thread")
     file = sys.stderr if in_jupyter or sys.stderr.isatty() else Screen(sys.stderr)
-    return tqdm(total=total, initial=done, desc=label, disable=not shown, leave=False, file=file,
+    return tqdm(total=total, initial=done, desc=label, disable=not shown, leave=False, file=file, nrows=20,
                 bar_format="{percentage:3.0f} % |{bar:20}| {remaining} left, {desc}{postfix}")  # fmt: skip
 
 
