@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -25,9 +24,6 @@ from dgutils.terminal import OURS, Screen, log_file, note, tally
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell that takes longer is taken to hang
-
-# Pictures of a committed run in the sources' markdown, for a code host: an executed copy has figures of its own.
-COMMITTED = re.compile(r"^!\[.*\]\(\.\./figures/.*\)\n+", re.MULTILINE)
 
 logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters typed `a | b`, checked below
 
@@ -113,12 +109,9 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
         if problem := problem or why_incomplete(executed, name):
             os.replace(temporary, failed)
             raise UserError(f"notebook {name} failed: {problem} (see {failed})")
-        for cell in executed.cells:
-            if cell.cell_type == "markdown":
-                cell.source = COMMITTED.sub("", cell.source)
-            elif cell.cell_type == "code":
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.get("outputs", []):
+        for cell in (cell for cell in executed.cells if cell.cell_type == "code"):
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
                 if "image/png" in output.get("data", {}):  # sliders need a kernel; their picture does not
                     output.data.pop("application/vnd.jupyter.widget-view+json", None)
         executed.metadata.pop("widgets", None)
