@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from dgutils import paths
 from dgutils.cli import plan
 from dgutils.errors import UserError
 from dgutils.pipeline import cells, jobs, parameters
@@ -219,3 +220,11 @@ def test_plan_of_the_published_profile_needs_no_file(tmp_path):
     assert sum(step.n for step in steps if step.work["score"]) > 500_000
     assert {step.label for step in steps} >= {"guidance by the published discriminator", "class-conditional, guided"}
     assert not list(tmp_path.iterdir())
+
+
+def test_the_committed_scores_are_those_of_the_profile_by_the_network_that_drew_them(monkeypatch):
+    """So the README says; a step whose identity changes would orphan them."""
+    monkeypatch.setattr(jobs, "results_dir", paths.results_dir)
+    declared = Declared("cifar10", {"score_network": "cifar10-edm-2m"})
+    kept = declared.experiments[0].store.kept
+    assert len(kept) > 100 and {score.artifact.digest for score in declared.scored} == kept.keys()

@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import lzma
 import os
@@ -16,6 +17,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import requests
 import torch
 import yaml
 
@@ -232,6 +234,23 @@ def test_no_network_and_no_such_file(folder, server, monkeypatch):
     with pytest.raises(UserError, match=r"cannot fetch net.pt \(Name or service not known\): " + remedy) as caught:
         fetch()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:9/net.pt", "HTTP://weights.test/net.pt", "ftp://weights.test/net.pt"])
+def test_a_redirect_that_leaves_https_is_refused(folder, monkeypatch, target):
+    class Redirecting(requests.adapters.HTTPAdapter):
+        def send(self, request, **options):
+            answer = requests.Response()
+            answer.status_code, answer.url, answer.request = 302, request.url, request
+            answer.headers["Location"], answer.raw = target, io.BytesIO()
+            return answer
+
+    monkeypatch.setattr(requests.sessions, "HTTPAdapter", Redirecting)
+    monkeypatch.setattr("gdown.download", lambda **source: pytest.fail(f"downloads {source}"))
+    enter(monkeypatch, ENTRY)
+    with pytest.raises(UserError, match="cannot fetch net.pt .No connection adapters were found for"):
+        fetch()
+    assert not (folder / "net.pt").exists()
 
 
 def test_google_drive_through_gdown(folder, monkeypatch):

@@ -176,6 +176,7 @@ def status(names: Iterable[str]) -> list[Status]:
 def _download(entry: Published, target: Path) -> None:
     """Download through the gdown library, which goes on from what an earlier try left in the target's folder."""
     import gdown
+    import requests
 
     source = {"url": entry.url}
     if entry.url.startswith(DRIVE):
@@ -184,6 +185,11 @@ def _download(entry: Published, target: Path) -> None:
         if not ids:
             raise FileNotFoundError(f"the folder {entry.url} lists no {entry.file}")
         source = {"id": ids[0]}
+    elif entry.url.startswith("https:"):
+        with requests.Session() as session:
+            del session.adapters["http://"]  # a redirect that leaves https is an error
+            with session.get(entry.url, stream=True, timeout=60) as answer:
+                source = {"url": answer.url}
     gdown.download(**source, output=str(target), resume=True, use_cookies=False, retries=3, timeout=60)
 
 

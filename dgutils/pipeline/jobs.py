@@ -374,6 +374,8 @@ class Trained(Discriminators):
                   "real": self.better.digest if self.better else datasets.dataset_digest(config.dataset, "train"),
                   "feature_extractor": checkpoints.weights_digest(config.feature_extractor)}
         identity = less_defaults(config) | {"members": [dataclasses.asdict(member) for member in config.members]}
+        # Scores that the repository keeps are older than the choice of groups, which were of 4 channels.
+        identity["head"] = {k: v for k, v in config.head.items() if (k, v) != ("num_group_channels", 4)}
         self.artifact = self.store.artifact("train", VERSIONS["train"], identity, inputs, self.label)
         self.digest = self.artifact.digest
 
