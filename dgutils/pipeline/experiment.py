@@ -125,11 +125,28 @@ class Experiment:
 # --- what several notebooks share
 
 
-def fake_set(experiment: Experiment, **sampling) -> ImageSet:
-    """The generated images that discriminators learn from: num_fake unguided ones, from fake_seed on."""
+def fake_set(experiment: Experiment, block: int = 0, **sampling) -> ImageSet:
+    """The generated images that discriminators learn from: num_fake unguided ones, from fake_seed on.
+
+    Block b has the seeds from fake_seed + b num_fake on.
+    """
     p = experiment.parameters
-    label = "fake set" + (f" of {sampling['num_steps']} steps" if "num_steps" in sampling else "")
-    return ImageSet(experiment.store, experiment.sampling(**sampling), p.num_fake, p.fake_seed, label=label)
+    label = "fake set" + (f" {block + 1}" if block else "")
+    label += "".join(f", {name.replace('_', ' ')} {value}" for name, value in sampling.items())
+    first = p.fake_seed + block * p.num_fake
+    return ImageSet(experiment.store, experiment.sampling(**sampling), p.num_fake, first, label=label)
+
+
+def independent(experiment: Experiment, repeat: int, label: str = "six discriminators", sampling=None,
+                **changes) -> Trained:
+    """Discriminators of a training that shares nothing with another: fake set, real images, weights, order, noise.
+
+    sampling: of the fake set, changes as in `Experiment.sampling`; changes: as in `Experiment.training`.
+    """
+    seed = experiment.parameters.training_seed + repeat
+    training = experiment.training(**{"seed": seed, "real_seed": seed} | changes)
+    fakes = fake_set(experiment, repeat, **sampling or {}).first(training.num_real)
+    return experiment.discriminators(f"{label}, training {repeat + 1}", training, fakes)
 
 
 def six_discriminators(experiment: Experiment, label: str = "six discriminators", **changes) -> Trained:

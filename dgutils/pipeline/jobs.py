@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from scipy.optimize import minimize_scalar
 
 from dgutils import datasets, metrics
 from dgutils.arrays import NotFiniteRows
@@ -120,10 +121,14 @@ class Discriminators:
 
     trainings = ()
 
-    def ensemble(self, members, rule: str = "mean_logit", state: str = "last") -> Ensemble:
-        """Some heads, each in a state of `Trained.head`, combined by a rule."""
+    def ensemble(self, members, rule="mean_logit", state: str = "last", calibrated: bool = False) -> Ensemble:
+        """Some heads, each in a state of `Trained.head`, combined by a rule; calibrated: at their `temperature`."""
         extractor = checkpoints.load_feature_extractor(self.feature_extractor)
         heads = [self.head(member, state) for member in members]
+        for member, head in zip(members, heads, strict=True) if calibrated else ():
+            last = head.out[-1].c_proj  # the logit is linear in it
+            last.weight.data /= (temperature := self.temperature(member, state))
+            last.bias.data /= temperature
         return Ensemble(extractor, heads, rule, checkpoints.clock(self.feature_extractor))
 
 
@@ -149,8 +154,8 @@ class Published(Discriminators):
 class Guidance:
     """Which discriminators guide, how they are combined, and how strongly (table 2).
 
-    rule: as of `Ensemble`. change: as of `GuidedDenoiser`. equal_to: another guidance, whose mean norm this one is to
-    have at every noise level (see `equalised`).
+    rule: as of `Ensemble`. calibrated: members at their `Trained.temperature`. change: as of `GuidedDenoiser`.
+    equal_to: another guidance, whose mean norm this one is to have at every noise level (see `equalised`).
     """
 
     discriminators: Discriminators
@@ -163,6 +168,7 @@ class Guidance:
     time_max: float = 1.0
     boosting: str = "none"
     log_ratio: str = "logit"
+    calibrated: bool = False
     change: Callable | None = None
     equal_to: "Guidance | None" = None
 
@@ -173,7 +179,7 @@ class Guidance:
     @cached_property
     def ensemble(self) -> Ensemble:
         """The discriminators, on the device from now on."""
-        return self.discriminators.ensemble(self.members, self.rule, self.state).to(device())
+        return self.discriminators.ensemble(self.members, self.rule, self.state, self.calibrated).to(device())
 
 
 def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()):
@@ -486,6 +492,18 @@ class Trained(Discriminators):
             for number, split in enumerate(splits):
                 keyed_rng(config.seed, number, RESAMPLING).shuffle(split.labels)
         return splits
+
+    def temperature(self, member: int, state: str) -> float:
+        """What divides its logits for the least cross-entropy on validation images (Guo et al. 2017, section 4)."""
+        split, config = self.splits[1], self.config
+        ensemble, vp_times = self.ensemble([member], state=state).to(device()), np.geomspace(0.01, 0.7, 12)
+        (logits,) = evaluate_logits(ensemble, split.images, vp_times, config.seed, config.batch_size, config.precision)
+
+        def loss(log_temperature):
+            scaled = logits.astype(np.float64) / math.exp(log_temperature)
+            return float(np.mean(np.logaddexp(0, scaled) - split.labels * scaled))
+
+        return math.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x)
 
     @cached_property
     def test_split(self) -> Split:

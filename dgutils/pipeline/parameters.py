@@ -33,6 +33,7 @@ Time = Annotated[Real, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**7)]
 Seed = Annotated[int, Field(ge=0, lt=2**40)]
 Boosting = Literal["none", "released", "paper"]
+Family = Literal["strength", "fault", "controls", "quality", "world", "overfitting"]
 Fault = Literal["steps", "raw_logits", "sequential", "wrong_file", "last_epoch", "boosting", "batch_size"]
 NETWORKS = {"score_network": "denoiser", "conditional_network": "denoiser", "feature_extractor": "extractor",
             "published_discriminator": "discriminator", "conditional_discriminator": "discriminator"}  # fmt: skip
@@ -111,6 +112,9 @@ class Parameters(BaseModel):
     repeats: Annotated[Count, Field(le=1000)] = Field(1, description="independent trainings behind the key arms")
     num_key: Count = Field(500, description="images of each key arm and training")
     variants: list[Variant] = Field([], description="ensembles beyond the study's")
+    families: list[Family] = Field([], description="arms of the second study (docs/preregistration.md)")
+    strengths: list[Weight] = Field([2.0, 1.0, 4.0, 8.0], description="guidance weights of its ensembles")
+    overfit_images: int = Field(2000, ge=10, le=10**7, description="real, and generated, of its overfitted member")
     worse_steps: int = Field(6, ge=2, le=10_000, description="Heun steps of the worse sampler of two variants")
     # sensitivity (notebook 05)
     num_sweep: Count = Field(250, description="images of every arm of the sensitivity study")
@@ -139,7 +143,7 @@ class Parameters(BaseModel):
                 f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
         require("wrong_file" not in self.ladder or len(self.member_names) >= 4,
                 "the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
-        for name in ("member_names", "feature_spaces", "ladder", "variants"):
+        for name in ("member_names", "feature_spaces", "ladder", "variants", "families"):
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{name} has {max(values, key=values.count, default='')} twice")
         channels = {"fashion_mnist": 1, "cifar10": 3}[self.dataset]
