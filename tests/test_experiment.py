@@ -197,7 +197,7 @@ def test_plan_counts_the_trainings_of_the_ladder_and_the_worse_images():
     trainings = [label for label in labels if label.startswith("training: ")]
     # correct and as run, three seeds each; two faults; a sweep; bootstrap, disjoint, long, full, worse
     assert len(trainings) == len(set(trainings)) == 3 + 3 + 2 + 1 + 5
-    assert "fake set of 6 steps" in labels and "fake set" in labels
+    assert "fake set, num steps 6" in labels and "fake set" in labels
 
 
 def test_plan_lists_each_image_once(small):
@@ -228,3 +228,53 @@ def test_the_committed_scores_are_those_of_the_profile_by_the_network_that_drew_
     declared = Declared("cifar10", {"score_network": "cifar10-edm-2m"})
     kept = declared.experiments[0].store.kept
     assert len(kept) > 100 and {score.artifact.digest for score in declared.scored} == kept.keys()
+
+
+SECOND = {"repeats": 2, "num_fake": 40, "overfit_images": 20, "num_eval": 16, "num_key": 32, "strengths": [2.0, 4.0]}
+
+
+def test_the_second_study_has_the_arms_of_its_plan_at_equal_seeds():
+    (study,) = [arms for arms in arms("06", "second", **SECOND) if "six_papers.equal" in arms]
+    assert {"one", "six_table.equal", "silence", "gain", "faulty", "shuffled.equal", "dealt", "cifar10-edm.plain",
+            "cifar10-edm-2m.six", "world.as_run", "world.less_boosting", "world.plus_raw_logits",
+            "overfitted_last"} <= study.keys()  # fmt: skip
+    assert not [name for name in study if "wrong_file" in name]  # it was never in the study's images
+    starts = {arm.first_seed for name, arms in study.items() if name != "unguided" for arm in arms}
+    assert starts == {1_000_000} and {len(arms) for name, arms in study.items() if name != "unguided"} == {2}
+    assert all(arm.sampling.num_steps == (35 if name.startswith("world") else 18)
+               for name, arms in study.items() for arm in arms)
+
+
+def test_trainings_of_the_second_study_share_nothing_and_world_learns_from_what_it_guides():
+    (study,) = [arms for arms in arms("06", "second", **SECOND) if "six_papers.equal" in arms]
+    for name in ("one", "six_papers.equal", "world.right", "overfitted_last"):
+        (first,), (other,) = (arm.sources for arm in study[name])
+        assert not set(first.fakes.seeds) & set(other.fakes.seeds) and first.config.seed != other.config.seed
+        assert first.config.real_seed != other.config.real_seed
+    (world,) = study["world.as_run"][0].sources
+    assert world.fakes.sampling.num_steps == 35 and world.config.batch_size == 64 and world.config.sequential
+    (few,) = study["overfitted_last"][0].sources
+    assert few.config.num_real == few.fakes.n == 20
+
+
+def test_single_faults_of_the_studys_world_are_left_out_and_added_one_at_a_time():
+    (study,) = [arms for arms in arms("06", "second", **SECOND) if "six_papers.equal" in arms]
+
+    def guides(name):
+        return study[f"world.{name}"][0].guide, study[f"world.{name}"][0].sources[0].config
+
+    for fault in ("raw_logits", "sequential", "last_epoch", "boosting", "batch_size"):
+        for mended, whole in ((guides(f"less_{fault}"), guides("as_run")), (guides("right"), guides(f"plus_{fault}"))):
+            differ = {name for ours, theirs in zip(mended, whole, strict=True) for name in vars(ours)
+                      if name not in ("discriminators", "ensemble") and getattr(ours, name) != getattr(theirs, name)}
+            assert len(differ) == 1, (fault, differ)
+
+
+def test_equal_strength_is_that_of_one_at_the_papers_weight():
+    (study,) = [arms for arms in arms("06", "second", **SECOND) if "six_papers.equal" in arms]
+    one = study["one"][0].guide
+    for name in ("six_table.equal", "six_logits.equal", "three_best.equal", "six_papers.equal", "six_calibrated.equal",
+                 "shuffled.equal"):
+        to = study[name][0].guide.equal_to
+        assert jobs.less_defaults(to, "discriminators") == jobs.less_defaults(one, "discriminators")
+        assert to.discriminators.digest == one.discriminators.digest and one.weight_1st_order == 2.0
