@@ -57,7 +57,7 @@ def test_page_has_every_table_and_keeps_what_is_not_measured_again(monkeypatch, 
     assert "which says nothing" in page and torch.__version__ in page
     for title, text, heads in bench.TABLES.values():
         assert f"## {title}\n\n{text}\n\n" in page and f"| {' | '.join(heads)} |\n" in page
-    assert page.count("| Fashion-MNIST, small |") == 4
+    assert page.count("| Fashion-MNIST, small |") == 6
     monkeypatch.setattr(bench, "growth", lambda counts, steps: [["250", "2.00", "800"]])
     bench.run(True, file, ["growth"])
     assert file.read_text() == page.replace("| 250 | 1.00 | 700 |", "| 250 | 2.00 | 800 |")
