@@ -157,7 +157,8 @@ def _entry(name: str) -> Published:
     """
     if (ASSETS / f"{name}.json").is_file():
         card = model_card(name)
-        kind = "denoiser" if card["recipe"]["architecture"] == "Denoiser" else "extractor"
+        head = card["recipe"]["config"].get("out_channels") == 1
+        kind = "denoiser" if card["recipe"]["architecture"] == "Denoiser" else "discriminator" if head else "extractor"
         return Published(name, kind, card["what"], f"{ASSETS / name}.safetensors", "", card["licence"], 0,
                          card["recipe"]["config"], sha256=card["sha256"])  # fmt: skip
     networks = {e.name: e for e in weights.registry().values() if e.config}
