@@ -28,13 +28,23 @@ KINDS = {
         "image-classification", ["feature-extraction", "noise-conditional", "adm"],
         "load_feature_extractor", "network.features(x_vp, vp_time); logits of classes: network(x_vp, vp_time)",
         "The frozen features below discriminators of noised images. As a classifier it is what its accuracy says."),
+    "head": (
+        "image-classification", ["discriminator", "noise-conditional", "adm"],
+        "load_discriminator", "network(features, vp_time): log-density-ratios [N, 1] of an extractor's features",
+        "What the quick profile's discriminators set out from. It knows the images of its score network alone."),
 }  # fmt: skip
+
+
+def kind(card: dict) -> str:
+    """The key of KINDS: the architecture, or "head" for an encoder with one output."""
+    recipe = card["recipe"]
+    return "head" if recipe["config"].get("out_channels") == 1 else recipe["architecture"]
 
 
 def metadata(card: dict) -> dict:
     """The front matter: what the hub filters and shows."""
     recipe, evaluation = card["recipe"], card["evaluation"]
-    task, tags, *_ = KINDS[recipe["architecture"]]
+    task, tags, *_ = KINDS[kind(card)]
     dataset, place = DATA[recipe["dataset"]]
     scores = [{"type": "accuracy" if "accuracy" in key else "loss", "name": key.replace("_", " "), "value": value}
               for key, value in evaluation.items() if key != "n"]  # fmt: skip
@@ -48,7 +58,7 @@ def metadata(card: dict) -> dict:
 def markdown(card: dict) -> str:
     """The whole card: metadata, what it is, how to load it, how it was trained, what it scores, its licence."""
     recipe, curve = card["recipe"], card["loss_curve"]
-    *_, load, call, use = KINDS[recipe["architecture"]]
+    *_, load, call, use = KINDS[kind(card)]
     front = yaml.safe_dump(metadata(card), sort_keys=False, allow_unicode=True, width=1000)
     minutes, first, last = round(card["train_seconds"] / 60), curve[0], curve[-1]
     place = f"in all, at last on {card['device']}" if "device" in card else "on a CPU"
@@ -112,7 +122,7 @@ def restart(card: dict) -> str:
 def pages() -> dict[str, str]:
     """Path below the clone -> text, of every shipped network."""
     cards = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ASSETS.glob("*.json"))]
-    if odd := [card["name"] for card in cards if card["recipe"]["architecture"] not in KINDS]:
+    if odd := [card["name"] for card in cards if kind(card) not in KINDS]:
         raise UserError(f"no kind of card for the network {odd[0]}: add its architecture to report/cards.py")
     return {f"docs/models/{card['name']}.md": markdown(card) for card in cards}
 

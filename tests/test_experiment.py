@@ -82,8 +82,9 @@ def test_what_changes_a_step_is_in_its_identity_and_what_is_at_its_default_is_no
     assert jobs.less_defaults(replace(sampling, rho=5.0)).keys() == {"score_network", "precision", "rho"}
     guide = experiment().guide(six_discriminators(experiment()))
     identity = experiment().images("guided", guide).rows.artifact.identity
-    assert identity["config"].keys() == {"score_network", "num_steps", "batch_size", "precision", "guidance"}
-    assert identity["config"]["guidance"].keys() == {"members"}
+    assert identity["config"].keys() == {"score_network", "num_steps", "sigma_min", "batch_size", "shard_size",
+                                         "precision", "guidance"}  # fmt: skip
+    assert identity["config"]["guidance"].keys() == {"members", "weight_2nd_order"}
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -182,7 +183,7 @@ def test_plan_counts_what_the_arms_cost(small, tmp_path):
     assert by_label["unguided sampling"].work == {"score": 100 * 19, "gradient": 0}
     one, six = by_label["guidance by Paper"], by_label["guidance by the ensemble"]
     assert one.work["gradient"] == six.work["gradients"] > 0 == one.work["gradients"] == six.work["gradient"]
-    assert one.work["gradient"] % 100 == 0 and one.work["gradient"] <= 100 * 10
+    assert one.work["gradient"] % 100 == 0 and one.work["gradient"] <= 100 * 19
     assert by_label["DDPM's ancestral sampler"].work["score"] == 100 * p.ancestral_steps
     assert by_label["paper, block 2"].n == 100
     training = by_label["training: six discriminators, Paper 5, D1 3, D2 3, D3 3, D4 3, D5 16 epochs"]

@@ -210,6 +210,7 @@ def test_shipped_weights_match_their_cards_and_recipes(card):
     assert content["recipe"] == yaml.safe_load(card.with_suffix(".yaml").read_text())
     assert content["loss_curve"] and content["train_seconds"] > 0
     network = (checkpoints.load_denoiser if content["recipe"]["architecture"] == "Denoiser"
+               else checkpoints.load_discriminator if content["recipe"]["config"]["out_channels"] == 1
                else checkpoints.load_feature_extractor)(card.stem)  # fmt: skip
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(content["parameters"], rel=1e-3)
     limit = 12 if content["recipe"]["dataset"] == "fashion_mnist" else 24

@@ -157,7 +157,8 @@ def _entry(name: str, kind: str | None = None) -> Published:
     """
     if (ASSETS / f"{name}.json").is_file():
         card = model_card(name)
-        its = "denoiser" if card["recipe"]["architecture"] == "Denoiser" else "extractor"
+        head = card["recipe"]["config"].get("out_channels") == 1
+        its = "denoiser" if card["recipe"]["architecture"] == "Denoiser" else "discriminator" if head else "extractor"
         entry = Published(name, its, card["what"], f"{ASSETS / name}.safetensors", "", card["licence"], 0,
                           card["recipe"]["config"], sha256=card["sha256"])  # fmt: skip
     else:

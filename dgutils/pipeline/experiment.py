@@ -61,7 +61,7 @@ class Experiment:
         settings = dict(
             dataset=p.dataset, feature_extractor=p.feature_extractor, head=head, members=members, num_real=p.num_fake,
             batch_size=p.discriminator_batch_size, seed=p.training_seed, sequential=p.sequential, precision=p.precision,
-            held_out_every=p.held_out_every, parts=p.training_parts)
+            held_out_every=p.held_out_every, parts=p.training_parts, start=p.head_start)
         return Training(**settings | changes)
 
     def guide(self, discriminators, members: Iterable = (0,), rule: str = "mean_logit", **changes) -> Guidance:

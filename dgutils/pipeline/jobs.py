@@ -342,9 +342,10 @@ class RealSet:
 class Training(TrainingSettings):
     """How discriminators are trained: settings of the loop (table 1), and the data, frozen extractor and head.
 
-    num_real: of real images, and of generated ones. precision: as of `Sampling`. held_out_every: of so many images,
-    one validates and one tests. real_seed: which real images, as drawn by it (default: the first). shuffled: a control,
-    whose labels say nothing.
+    num_real: of real images, and of generated ones; the real ones from number first_real on, or, with a real_seed,
+    drawn by it. precision: as of `Sampling`. held_out_every: of so many images, one validates and one tests. start: the
+    shipped head that every member goes on from; "": random weights, of each its own. shuffled: a control, whose labels
+    say nothing.
     """
 
     dataset: str
@@ -355,6 +356,8 @@ class Training(TrainingSettings):
     held_out_every: int = 10
     real_seed: int | None = None
     shuffled: bool = False
+    first_real: int = 0
+    start: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "precision", resolve_precision(self.precision, pixels=False))
@@ -379,6 +382,7 @@ class Trained(Discriminators):
         inputs = {"fakes": self.fakes.digest,
                   "real": self.better.digest if self.better else datasets.dataset_digest(config.dataset, "train"),
                   "feature_extractor": checkpoints.weights_digest(config.feature_extractor)}
+        inputs |= {"start": checkpoints.weights_digest(config.start)} if config.start else {}
         identity = less_defaults(config) | {"members": [dataclasses.asdict(member) for member in config.members]}
         # Scores that the repository keeps are older than the choice of groups, which were of 4 channels.
         identity["head"] = {k: v for k, v in config.head.items() if (k, v) != ("num_group_channels", 4)}
@@ -433,7 +437,7 @@ class Trained(Discriminators):
                 epochs.update()
 
             members = train_discriminators(
-                extractor, partial(init_head, config.head, config.seed), learn, validate,
+                extractor, self._first_head, learn, validate,
                 replace(config, clock=checkpoints.clock(config.feature_extractor)),
                 progress, checkpoint, resume, group)
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
@@ -441,6 +445,15 @@ class Trained(Discriminators):
                   for k, v in state.items()}
         checkpoints.write_tensors(folder / "heads.safetensors", states, {})
         (folder / "history.json").write_text(json.dumps([member.history for member in members]))
+
+    def _first_head(self, member: int):
+        """The head that a member's training begins with."""
+        head, start = init_head(self.config.head, self.config.seed, member), self.config.start
+        if start:
+            if checkpoints.network_config(start) != self.config.head:
+                raise UserError(f"'{start}' has other widths or blocks: set head_start to ''")
+            head.load_state_dict(checkpoints.load_discriminator(start).state_dict())
+        return head
 
     def _file(self, name: str) -> Path:
         with ranks.alone():  # as in `ImageSet.images`
@@ -459,8 +472,8 @@ class Trained(Discriminators):
     def head(self, member: int | tuple[int, int], state: str):
         """A member in a state: "last", "best" (lowest validation loss), or "initial".
 
-        "initial", before any training, is the control: what a push by a network that knows nothing does. A member
-        may also be a pair (member, epoch) of those that the training kept, whatever `state` is.
+        "initial", random weights, is the control: what a push by a network that knows nothing does. A member may also
+        be a pair (member, epoch) of those that the training kept, whatever `state` is.
         """
         m, which = (member[0], f"epoch{member[1]}") if isinstance(member, tuple) else (member, state)
         head, prefix = init_head(self.config.head, self.config.seed, m), f"{m}.{which}."
@@ -478,7 +491,7 @@ class Trained(Discriminators):
         """Train, validation and test parts of as many real (or `better`) as generated images, stratified, seeded."""
         config, n, fakes = self.config, self.config.num_real, self.fakes.images
         real, labels = (self.better.images, np.full(self.better.n, -1)) if self.better else \
-            datasets.load_dataset(config.dataset, "train")
+            [part[config.first_real :] for part in datasets.load_dataset(config.dataset, "train")]
         if n != len(fakes) or n > len(real) or n < 10:
             raise UserError(f"{n} real and {len(fakes)} generated images: give as many of each, from 10 to "
                             f"{len(real)}")
