@@ -84,7 +84,7 @@ def test_what_changes_a_step_is_in_its_identity_and_what_is_at_its_default_is_no
     identity = experiment().images("guided", guide).rows.artifact.identity
     assert identity["config"].keys() == {"score_network", "num_steps", "sigma_min", "batch_size", "shard_size",
                                          "precision", "guidance"}  # fmt: skip
-    assert identity["config"]["guidance"].keys() == {"members", "weight_2nd_order"}
+    assert identity["config"]["guidance"].keys() == {"members", "weight_1st_order", "weight_2nd_order"}
 
 
 @pytest.mark.parametrize("changes, message", [
