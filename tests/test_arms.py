@@ -122,3 +122,24 @@ def test_every_named_rule_is_as_it_was(trained):  # noqa: F811
         ensemble = trained.ensemble((0, 1), name)
         logits = ensemble.logits(x, sigma_to_vp_time(sigma))
         assert torch.equal(ensemble.log_density_ratio(x, sigma_to_vp_time(sigma)), rule(logits))
+
+
+def test_a_temperature_undoes_what_makes_a_member_too_sure(store, trained, monkeypatch):  # noqa: F811
+    """Logits five times as large have five times the temperature; at it, both are the same discriminator."""
+    calm = trained.temperature(0, "last")
+    x, time = torch.randn(4, 1, 32, 32), torch.tensor(0.3, dtype=torch.float64)
+    found = [trained.ensemble([0], calibrated=True).logits(x, time)]
+    head = trained.head
+
+    def surer(member, state):
+        sure = head(member, state)
+        sure.out[-1].c_proj.weight.data *= 5
+        sure.out[-1].c_proj.bias.data *= 5
+        return sure
+
+    monkeypatch.setattr(trained, "head", surer)
+    assert trained.temperature(0, "last") == pytest.approx(5 * calm, rel=1e-2)
+    found.append(trained.ensemble([0], calibrated=True).logits(x, time))
+    assert torch.allclose(*found, rtol=1e-2) and trained.ensemble([0]).logits(x, time).abs().max() > 0
+    guides = [jobs.Guidance(trained, (0,), calibrated=how) for how in (False, True)]
+    assert of(store, guides[0]).digest != of(store, guides[1]).digest
