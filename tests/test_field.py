@@ -287,8 +287,10 @@ def test_what_would_change_numbers_or_builds_is_dropped(monkeypatch, name):
 
 
 def test_a_settled_process_stays_as_it_is(monkeypatch):
-    monkeypatch.delenv("PYTEST_CURRENT_TEST")
-    for name, text in paths.environment().items():
+    settled = paths.environment()
+    for name in os.environ.keys() - settled.keys():  # of pytest, of a worker of it, of other tests
+        monkeypatch.delenv(name)
+    for name, text in settled.items():
         monkeypatch.setenv(name, text)
     monkeypatch.setattr(os, "execve", lambda *arguments: pytest.fail("would start for ever"))
     paths.settle()
