@@ -381,7 +381,7 @@ TABLES = {  # part -> title, what it says, heads of the columns
                   "At the same noise: relative error of ours in float32 against the published loop's, and pixels of "
                   "ours in bfloat16 within one grey level of ours in float32. Of random weights every layer acts. "
                   "Trained heads, after 20 epochs on 256 real and as many generated images, are what users have; "
-                  "random ones push ten times as far (root mean square, in grey levels), and what they push differs.",
+                  "random ones push farther (by the root mean square, in grey levels).",
                   ["networks", "their weights", "heads", "images", "steps", "guidance moves by", "relative error",
                    "bfloat16 within 1 grey level", "largest difference"]),
     "members": ("Six discriminators against one",
