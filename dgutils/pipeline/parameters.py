@@ -74,11 +74,11 @@ class Parameters(BaseModel):
     boosting: Boosting = Field("none", description="released: the authors' code, paper: its text")
     log_ratio: Literal["logit", "clipped"] = Field("logit", description="whose gradient guides: the logit's; clipped: "
                                                    "that of the reference's clipped probability")  # fmt: skip
-    batch_size: Count = Field(200, description="images sampled at once")
-    shard_size: Count = Field(200, description="images a file of the store holds; a multiple of batch_size")
+    batch_size: Count = Field(160, description="images sampled at once")
+    shard_size: Count = Field(160, description="images a file of the store holds; a multiple of batch_size")
     num_fake: int = Field(2000, ge=10, le=10**7, description="generated images that train discriminators; as many real")
     fake_seed: Seed = Field(100_000, description="their first seed")
-    num_eval: Count = Field(400, description="images of every compared arm")
+    num_eval: Count = Field(320, description="images of every compared arm")
     eval_seed: Seed = Field(1_000_000, description="their first seed, apart from the fake set's")
     seed_blocks: Annotated[Count, Field(le=100)] = Field(1, description="blocks of num_eval seeds in EDM's protocol")
     reference_split: Literal["train", "test"] = Field("test", description="whose real images arms are scored against")
@@ -118,7 +118,7 @@ class Parameters(BaseModel):
     overfit_images: int = Field(2000, ge=10, le=10**7, description="real, and generated, of its overfitted member")
     worse_steps: int = Field(6, ge=2, le=10_000, description="Heun steps of the worse sampler of two variants")
     # sensitivity (notebook 05)
-    num_sweep: Count = Field(200, description="images of every arm of the sensitivity study")
+    num_sweep: Count = Field(160, description="images of every arm of the sensitivity study")
     sweep_weights: list[Weight] = Field([1.0, 4.0], description="first-order weights beside 0 and the default")
     sweep_time_mins: list[Time] = Field([], description="lower ends of the window beside the default")
     sweep_time_maxs: list[Time] = Field([0.5], description="upper ends of the window beside the default")
