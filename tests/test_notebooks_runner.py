@@ -1,5 +1,6 @@
 """The runner on throwaway notebooks: only a complete one is done, and mistakes are one line."""
 
+import asyncio
 import errno
 import json
 import re
@@ -13,7 +14,7 @@ from nbformat import v4
 
 from dgutils.errors import UserError
 from dgutils.pipeline import cells
-from dgutils.pipeline.notebooks import SENTINEL, run_profile
+from dgutils.pipeline.notebooks import SENTINEL, ThisPython, run_profile
 
 PARAMETERS = """profile: str = "smoke"
 num_steps: int | None = None  # number of steps
@@ -271,3 +272,23 @@ def test_unwritable_folder_is_one_line(repo):
     (root / "runs").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot .*write under .*runs"):
         run_profile("smoke")
+
+
+def test_what_a_kernel_logs_of_being_shut_down_is_not_shown(capfd):
+    """The runner interrupts a kernel before it ends it; one that is quick enough logs that as an error of its own."""
+    manager, said = ThisPython(), []
+
+    async def log():
+        await manager.start_kernel()
+        client = manager.client()
+        client.start_channels()
+        await client.wait_for_ready(timeout=60)
+        await client.execute_interactive("from ipykernel.kernelapp import IPKernelApp\n"
+                                         "IPKernelApp.instance().log.error('KeyboardInterrupt caught in kernel.')\n"
+                                         "print('done')", timeout=60, output_hook=said.append)  # fmt: skip
+        client.stop_channels()
+        await manager.shutdown_kernel()
+
+    asyncio.run(log())
+    shown = [message["content"].get("text") for message in said if message["msg_type"] == "stream"]
+    assert shown == ["done\n"] and capfd.readouterr().err == ""

@@ -33,7 +33,8 @@ class ThisPython(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
+        # its errors are the cells'; what its log adds is that shutting it down interrupts it, if it is quick enough
+        return KernelSpec(**get_kernel_dict(extra_arguments=["--IPKernelApp.log_level=50"]))
 
     @default("transport_encryption")
     def _encrypt(self) -> str:
