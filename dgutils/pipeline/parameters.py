@@ -119,7 +119,7 @@ class Parameters(BaseModel):
     worse_steps: int = Field(6, ge=2, le=10_000, description="Heun steps of the worse sampler of two variants")
     # sensitivity (notebook 05)
     num_sweep: Count = Field(160, description="images of every arm of the sensitivity study")
-    sweep_weights: list[Weight] = Field([1.0, 4.0], description="first-order weights beside 0 and the default")
+    sweep_weights: list[Weight] = Field([1.0, 4.0], description="of the predictor, beside 0 and the default")
     sweep_time_mins: list[Time] = Field([], description="lower ends of the window beside the default")
     sweep_time_maxs: list[Time] = Field([0.5], description="upper ends of the window beside the default")
     sweep_epoch_scales: list[Positive] = Field([0.0333], description="lengths of the first member's training")
