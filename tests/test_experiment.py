@@ -279,3 +279,15 @@ def test_equal_strength_is_that_of_one_at_the_papers_weight():
         to = study[name][0].guide.equal_to
         assert jobs.less_defaults(to, "discriminators") == jobs.less_defaults(one, "discriminators")
         assert to.discriminators.digest == one.discriminators.digest and one.weight_1st_order == 2.0
+
+
+@pytest.mark.parametrize(("profile", "changes"), [("quick", {}), ("cifar10", {"sweep_weights": [1.0, 4.0]}),
+                                                  ("quick", {"dg_weight_2nd_order": 1.5, "sweep_weights": [6.0]})])
+def test_a_swept_weight_keeps_the_correctors_proportion_to_the_predictors(profile, changes):
+    p, swept = parameters.load(profile, changes), {}
+    for some in arms("05", profile, **changes):
+        swept |= {float(w): arm.guide for w, arm in some.items() if getattr(arm, "label", "").startswith("Paper, weight")}
+    assert swept.keys() == {p.dg_weight_1st_order, *p.sweep_weights}
+    for w, guide in swept.items():
+        assert guide.weight_1st_order == w and p.dg_weight_1st_order > 0
+        assert guide.weight_2nd_order == pytest.approx(w * p.dg_weight_2nd_order / p.dg_weight_1st_order)
