@@ -286,7 +286,8 @@ def test_equal_strength_is_that_of_one_at_the_papers_weight():
 def test_a_swept_weight_keeps_the_correctors_proportion_to_the_predictors(profile, changes):
     p, swept = parameters.load(profile, changes), {}
     for some in arms("05", profile, **changes):
-        swept |= {float(w): arm.guide for w, arm in some.items() if getattr(arm, "label", "").startswith("Paper, weight")}
+        swept |= {float(w): arm.guide for w, arm in some.items()
+                  if getattr(arm, "label", "").startswith("Paper, weight")}
     assert swept.keys() == {p.dg_weight_1st_order, *p.sweep_weights}
     for w, guide in swept.items():
         assert guide.weight_1st_order == w and p.dg_weight_1st_order > 0
