@@ -303,11 +303,15 @@ class Resampled:
         low, high = np.quantile(self.draws - self.draws.mean(), [(1 - level) / 2, (1 + level) / 2])
         return Interval(self.value, float(self.value - high), float(self.value - low), level, len(self.draws))
 
-    def minus(self, other: "Resampled", level: float = 0.95) -> Interval:
-        """Interval of the difference between two arms whose rows are of the same seeds: what they share cancels."""
+    def __sub__(self, other: "Resampled") -> "Resampled":
+        """The difference between two arms whose rows are of the same seeds: what they share cancels."""
         r, others = len(self.draws), len(other.draws)
         require(r == others, f"a paired bootstrap needs equal resamples, got {r}, {others}")
-        return Resampled(self.value - other.value, self.draws - other.draws).interval(level)
+        return Resampled(self.value - other.value, self.draws - other.draws)
+
+    def minus(self, other: "Resampled", level: float = 0.95) -> Interval:
+        """Interval of the paired difference."""
+        return (self - other).interval(level)
 
 
 def _resample_indices(n: int, n_resamples: int, seed: int) -> np.ndarray:

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dgutils.errors import UserError
 from dgutils.metrics import Resampled
 from dgutils.pipeline.jobs import RealSet, Scores
-from dgutils.results.ledger import Ledger, excess, mean_of, over_trainings
+from dgutils.results.ledger import Ledger, excess, holm, mean_of, over_trainings
 from dgutils.results.statements import direction, summary, verdict
 
 
@@ -110,6 +111,26 @@ def test_changes_over_trainings(ledger):
     assert "one.first.fd_sd" not in ledger.records and ledger.records["one.first.fd_change"]["value"] == 2
 
 
+def test_claims_of_a_family_need_holm(ledger):
+    """Three trainings say -1 and hardly differ, or differ much: alone both are clear of zero, together one is not."""
+    def arms(*values):
+        return {"first": [replace(scores(f"arm, training {i}", 1.0, 0), kid=Resampled(value, np.full(11, value)))
+                          for i, value in enumerate(values)]}
+
+    base = arms(3, 3, 3)
+    ledger.claim("clear", "clearly lower", arms(2.01, 2, 1.99), base, "A", sign=-1)
+    ledger.claim("faint", "perhaps lower", arms(1.65, 2, 2.35), base, "A", sign=-1)
+    ledger.claim("wrong", "clearly higher", arms(2.01, 2, 1.99), base, "A", sign=1)
+    ledger.claim("level", "no lower", arms(2, 3, 4), base, "A", sign=-1)
+    faint = ledger.p["claim.faint.first.kid"]
+    assert ledger.claims["faint"]["verdicts"] == {"first": "same sign"} and 0.025 < faint < 0.05
+    shown = ledger.family("claims", "Claims.", "A").data
+    assert [ledger.text(f"claim.{key}.summary") for key in ("clear", "faint", "wrong", "level")] == [
+        "supported", "not distinguishable", "opposite", "not distinguishable"]
+    assert ledger.records["claim.faint.holm"]["value"] == 2 * faint
+    assert "Holm's p" in shown
+
+
 def test_claims_test_themselves(ledger):
     good, bad = {"first": [scores("good", 3.0, 0.001)]}, {"first": [scores("bad", 3.0, 0.003)]}
     ledger.claim("dg", "guidance lowers FID", good, bad, "A", published_as=("dg.edm.fid", "dg.edmgpp.fid"))
@@ -147,10 +168,45 @@ def test_mean_of_members():
     assert abs(interval.value - 2) < 1e-12 and interval.high - interval.low < 1e-12
 
 
-def test_over_trainings_is_students_interval():
-    """Of 1, 2, 3: mean 2, SD 1, and t(0.975; 2) = 4.302653 (any table of Student's distribution)."""
-    interval = over_trainings([1.0, 2.0, 3.0])
+def test_over_trainings_without_image_error_is_students_interval():
+    """Of 1, 2, 3: mean 2, SD 1, t(0.975; 2) = 4.302653 and t(0.995; 2) = 9.924843 (any table of the distribution)."""
+    interval, p = over_trainings([Resampled(value, np.full(9, value)) for value in (1.0, 2.0, 3.0)])
     assert abs(interval.value - 2) < 1e-12 and abs(interval.high - (2 + 4.302653 / 3**0.5)) < 1e-5
     assert abs(interval.low + interval.high - 4) < 1e-12
-    alone = over_trainings([5.0])
-    assert (alone.value, alone.low, alone.high) == (5, 5, 5)
+    t = 9.924843 / 3**0.5
+    assert abs(over_trainings([Resampled(t + d, np.zeros(9)) for d in (-1, 0, 1)])[1] - 0.01) < 1e-6
+    assert over_trainings([Resampled(0.0, np.zeros(9))] * 3)[1] == 1  # the same images: no change at all
+
+
+def test_over_trainings_adds_the_error_of_the_images():
+    """Images that all trainings share: their error does not shrink with the number of trainings."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(0, 3, 100_000)
+    interval, _ = over_trainings([Resampled(value, value + draws) for value in (1.0, 2.0, 3.0)])
+    variance = 1 / 3 + 9
+    df = 2 * (variance * 3) ** 2
+    assert abs((interval.high - interval.low) / 2 - stats.t.ppf(0.975, df) * variance**0.5) < 0.05
+    apart, _ = over_trainings([Resampled(value, value + rng.normal(0, 3, 100_000)) for value in (1.0, 2.0, 3.0)])
+    assert (interval.high - interval.low) > 1.3 * (apart.high - apart.low)  # independent error does
+    alone, p = over_trainings([Resampled(5.0, 5 + draws)])
+    bootstrap = Resampled(5.0, 5 + draws).interval()
+    assert (alone.low, alone.high) == (bootstrap.low, bootstrap.high)
+    assert abs(p - 2 * stats.norm.sf(5 / 3)) < 0.01
+
+
+def test_intervals_over_trainings_hold_the_mean_as_often_as_they_say():
+    """Trainings and images both vary, images alike in all trainings; 95 % intervals of 600 such studies of zero."""
+    rng, held, rejected = np.random.default_rng(1), 0, 0
+    for _ in range(600):
+        trainings, images, draws = rng.normal(0, 1, 5), rng.normal(0, 1), rng.normal(0, 1, 200)
+        interval, p = over_trainings([Resampled(a + images, a + images + draws) for a in trainings])
+        held += interval.low <= 0 <= interval.high
+        rejected += p < 0.05
+    assert 0.90 < held / 600 < 0.99 and abs(held + rejected - 600) <= 1
+
+
+def test_holm():
+    """Holm 1979: 0.01, 0.02, 0.03, 0.04 of four tests become 0.04, 0.06, 0.06, 0.06."""
+    adjusted = holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
+    assert [round(adjusted[key], 9) for key in "abcd"] == [0.04, 0.06, 0.06, 0.06]
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0} and holm({}) == {}

@@ -601,12 +601,16 @@ class Scores:
     kid: metrics.Resampled
     manifold: dict[str, float]
 
-    def minus(self, baseline: "Scores", score: str = "fd") -> metrics.Interval:
+    def change(self, baseline: "Scores", score: str = "fd") -> metrics.Resampled:
         """Paired difference to a baseline in "fd" or "kid". Raises UserError unless made from the same seeds."""
         if self.arm.seeds != baseline.arm.seeds or self.space != baseline.space:
             raise UserError(f"{self.arm.label} and {baseline.arm.label} have other seeds or spaces: "
                             "a paired comparison needs equal first_seed, n and space")
-        return getattr(self, score).minus(getattr(baseline, score))
+        return getattr(self, score) - getattr(baseline, score)
+
+    def minus(self, baseline: "Scores", score: str = "fd") -> metrics.Interval:
+        """The interval of the paired difference."""
+        return self.change(baseline, score).interval()
 
 
 @dataclass(eq=False)

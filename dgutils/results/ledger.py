@@ -69,16 +69,36 @@ def excess(arm: BySpace, unguided: BySpace) -> BySpace:
     """
     for slot, scores in arm.items():
         for one, other in zip(scores, unguided[slot], strict=True):
-            one.minus(other)  # raises unless the two are of the same seeds
+            one.change(other)  # raises unless the two are of the same seeds
     return combined([arm, unguided], "effect of {}", lambda pair: pair[0] - pair[1])
 
 
-def over_trainings(values, level: float = 0.95) -> Interval:
-    """Mean of a value over independent trainings, with Student's interval; of one training, the value alone."""
-    mean, half = float(np.mean(values)), 0.0
-    if len(values) > 1:
-        half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Interval(mean, mean - half, mean + half, level, 0)
+def over_trainings(changes: list[Resampled], level: float = 0.95) -> tuple[Interval, float]:
+    """The mean of paired changes over independent trainings: its interval, and p of there being none, two-sided.
+
+    Two errors add, as variances. That of the trainings is s^2 / k over k trainings; that of the images, the same in all
+    trainings, is the bootstrap's of the mean. Student's degrees of freedom are Welch and Satterthwaite's, where the
+    bootstrap's are many. Of one training only the images' error is known, and the interval is the bootstrap's.
+    """
+    k, values = len(changes), [change.value for change in changes]
+    mean = Resampled(float(np.mean(values)), np.mean([change.draws for change in changes], axis=0))
+    images, trainings = np.var(mean.draws), np.var(values, ddof=1) / k if k > 1 else 0.0
+    error, df = math.sqrt(images + trainings), math.inf
+    if trainings:
+        df = (k - 1) * ((images + trainings) / trainings) ** 2
+    p = float(2 * stats.t.sf(abs(mean.value) / error, df)) if error else float(mean.value == 0)
+    if k == 1:
+        return mean.interval(level), p
+    half = float(stats.t.ppf((1 + level) / 2, df)) * error
+    return Interval(mean.value, mean.value - half, mean.value + half, level, len(mean.draws)), p
+
+
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """Holm's adjusted p of a family of tests: below alpha where a test is significant with the whole family in mind."""
+    adjusted, largest = {}, 0.0
+    for rank, key in enumerate(sorted(p, key=p.get)):
+        largest = adjusted[key] = max(largest, min(1.0, (len(p) - rank) * p[key]))
+    return adjusted
 
 
 # --- the ledger
@@ -99,6 +119,7 @@ class Ledger:
         self.tables: dict[str, dict] = {}
         self.compared: dict[str, tuple[str, str]] = {}  # key of a change -> labels of the arm and its baseline
         self.claims: dict[str, dict] = {}
+        self.p: dict[str, float] = {}  # of changes, by key
 
     def scores(self, arms: dict, spaces=("first", "second"), reference=None) -> dict[str, BySpace]:
         """Scores of arms, computed or found; an arm is images, or a list of them from as many trainings."""
@@ -151,9 +172,8 @@ class Ledger:
                words: tuple[str, str] | None = None, spread: bool = False) -> None:
         """Record arm less baseline in each feature space, paired: <key>.<space>.kid_change and .fd_change.
 
-        Of one training the interval is the paired bootstrap's; of several it is Student's, over trainings. only: the
-        scores of interest. words: what sentences call the two (default: their labels). spread: of several trainings,
-        each one's change of KID, and standard deviations.
+        The interval is that of `over_trainings`. only: the scores of interest. words: what sentences call the two
+        (default: their labels). spread: of several trainings, each one's change of KID, and standard deviations.
         """
         for slot in arm:
             pairs = list(zip(arm[slot], baseline[slot], strict=True))
@@ -163,11 +183,12 @@ class Ledger:
             digests = [digest for pair in pairs for scores in pair for digest in scores.digest.split("+")]
             about = dict(section=section, n=one.arm.n, seeds=one.arm.seeds, artifacts=dict.fromkeys(digests))
             for score in only:
-                each = [scaled(ours.minus(other, score), SCORES[score][1]) for ours, other in pairs]
-                values = [interval.value for interval in each]
-                interval = over_trainings(values) if several else each[0]
+                title, factor = SCORES[score]
+                interval, self.p[f"{key}.{slot}.{score}"] = over_trainings([a.change(b, score) for a, b in pairs])
+                interval = scaled(interval, factor)
+                values = [factor * a.change(b, score).value for a, b in pairs]
                 about["digits"] = two_digits(interval.low, interval.high)
-                label = f"{SCORES[score][0]} of {' minus '.join(names)}, {one.space}{several}"
+                label = f"{title} of {' minus '.join(names)}, {one.space}{several}"
                 name = f"{key}.{slot}.{score}"
                 self.value(f"{name}_change", interval, label, **about)
                 if spread and several:
@@ -292,10 +313,26 @@ class Ledger:
         self.value(f"{name}.summary", word, f"{text}: summary", section)
         self.claims[key] = {"text": text, "published": published_as or (None, None), "verdicts": verdicts}
 
+    def family(self, name: str, caption: str, section: str, alpha: float = 0.05) -> Markdown:
+        """Test all claims so far as one family, in the first feature space; record and show their table.
+
+        A claim is supported, or the opposite is, if its interval says so and Holm's adjusted p, claim.<key>.holm, is
+        below alpha.
+        """
+        tested = {key: self.p[f"claim.{key}.first.kid"] for key, claim in self.claims.items() if claim["verdicts"]}
+        for key, p in holm(tested).items():
+            claim = self.claims[key]
+            word = claim["verdicts"]["first"] if p < alpha else "not distinguishable"
+            word = word.replace("same sign", "supported")
+            self.value(f"claim.{key}.holm", p, f"{claim['text']}: Holm's p", section, digits=4 if p < 0.01 else 2)
+            self.value(f"claim.{key}.summary", word, f"{claim['text']}: verdict", section)
+        return self.claims_table(name, caption)
+
     def claims_table(self, name: str, caption: str) -> Markdown:
         """Record and show the table of all claims so far."""
         spaces = {f"Our change ({space})": f"{slot}.kid_change" for slot, space in self.spaces.items()}
-        ours = spaces | {"n": "n", "Trainings": "trainings", "Verdict": "summary"}
+        tested = {"Holm's p": "holm"} if any(f"claim.{key}.holm" in self.records for key in self.claims) else {}
+        ours = spaces | {"n": "n", "Trainings": "trainings"} | tested | {"Verdict": "summary"}
         rows = [(claim["text"], *claim["published"], *(f"claim.{key}.{what}" for what in ours.values()))
                 for key, claim in self.claims.items()]
         return self.show(name, ["Claim", "Published before", "Published after", *ours], rows, caption)
