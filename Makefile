@@ -6,6 +6,7 @@ NPROC   ?=
 STRICT  ?=
 KEY     ?=
 ARGS    ?=
+FORCE   ?=
 
 # What somebody passes reaches the shell as it was written, quoted: KEY="it's" is a key, and nothing in it is run.
 q = '$(subst ','\'',$(1))'
@@ -13,7 +14,7 @@ each = $(foreach word,$(2),$(1) $(call q,$(value word)))
 profile = --profile $(call q,$(or $(value PROFILE),$(1)))
 profile_if_given = $(if $(value PROFILE),$(call profile))
 SETS = $(call each,--set,$(value SET))
-unexport PROFILE ONLY SET NPROC STRICT KEY ARGS
+unexport PROFILE ONLY SET NPROC STRICT KEY ARGS FORCE
 # What the account sets for its own Pythons and tests; dgutils/paths.py keeps the rest of it out.
 unexport $(filter-out PYTHON,$(filter PYTHON% PYTEST_%,$(.VARIABLES)))
 
@@ -31,10 +32,10 @@ help:  ## this list
 	@PYTHON=$(call q,$(value PYTHON)) sh dgutils/setup.sh venv
 	@touch $@
 
-reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, ...; ONLY=03; SET="name=value ..."; NPROC=8; VERBOSE=1
+reproduce: .venv/.complete  ## run the six notebooks; PROFILE=quick (default), smoke, ...; ONLY=03; SET="name=value ..."; NPROC=8; FORCE=1; VERBOSE=1
 	@sh dgutils/setup.sh data
 	@$(if $(value NPROC),$(PY) -m dgutils work $(call profile,quick) --nproc $(call q,$(value NPROC)) $(SETS))
-	@$(PY) -m dgutils reproduce $(call profile,quick) $(call each,--only,$(value ONLY)) $(SETS)
+	@$(PY) -m dgutils reproduce $(call profile,quick) $(call each,--only,$(value ONLY)) $(SETS) $(if $(value FORCE),--force)
 	@$(RUN) -m report.site $(call profile,quick)
 
 keep: .venv/.complete  ## put the scores of PROFILE=cifar10 (default) where git holds them, for another machine to go on

@@ -198,6 +198,8 @@ def test_all_run_at_smoke_scale_twice(tmp_path, monkeypatch, capfd):
     before = {path: path.read_bytes() for path in written}
     figures = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*.p*")}
     assert __main__.main(["reproduce", "--profile", "smoke"]) == 0
+    assert capfd.readouterr().out.count("unchanged since ") == 6
+    assert __main__.main(["reproduce", "--profile", "smoke", "--force"]) == 0
     again = capfd.readouterr()
     assert re.search(r"^\d+ artifacts found, 0 made; ", again.out, re.MULTILINE) and again.err == ""
     assert {path: path.read_bytes() for path in written} == before

@@ -13,6 +13,7 @@ import pytest
 from nbformat import v4
 
 from dgutils.errors import UserError
+from dgutils.paths import DATA
 from dgutils.pipeline import cells
 from dgutils.pipeline.notebooks import SENTINEL, ThisPython, run_profile
 
@@ -93,6 +94,76 @@ def test_a_notebook_is_a_line_and_the_rest_goes_to_the_log(repo, capsys, monkeyp
     executed = (root / "runs/smoke/notebooks/01_demo.ipynb").read_text()
     assert "what a cell prints" in executed and not re.search("HIT|MISS|QUARANTINED|worried|images", executed.partition(
         "what a cell prints")[2].partition('"source"')[0])
+
+
+COUNTING = """from pathlib import Path
+count = Path("count")
+count.write_text(str(int(count.read_text()) + 1) if count.exists() else "1")
+for made in ("report/results/smoke/01.json", "figures/smoke/01_seen.pdf"):
+    Path(made).parent.mkdir(parents=True, exist_ok=True)
+    Path(made).write_text("found")"""
+
+
+def edit(path, change=lambda text: text + "\n"):
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize("change", [
+    None,
+    lambda root: edit(root / "notebooks/01_demo.ipynb", lambda text: text.replace("# 01_demo", "# Demonstration")),
+    lambda root: edit(root / "notebooks/profiles/smoke.yaml", lambda text: "num_steps: 4"),
+    lambda root: edit(root / "report/results/smoke/01.json"),
+    lambda root: (root / "report/results/smoke/01.json").unlink(),
+    lambda root: (root / "figures/smoke/01_seen.pdf").unlink(),
+    lambda root: edit(root / "runs/smoke/notebooks/01_demo.ipynb", lambda text: text[:200]),
+    lambda root: edit(root / "runs/smoke/notebooks/01_demo.ipynb", lambda text: text.replace(SENTINEL, "")),
+    lambda root: edit(root / "runs/smoke/notebooks/01_demo.ipynb", lambda text: "[]"),
+    lambda root: (root / "runs/smoke/notebooks/01_demo.ipynb").unlink(),
+    lambda root: (root / "weights/net.pkl").write_text("other weights"),
+    lambda root: (root / "data" / DATA["fashion_mnist"][0]).mkdir(parents=True) or
+    (root / "data" / DATA["fashion_mnist"][0] / "train").write_text("x"),
+    lambda root: (root / "runs/smoke/store").mkdir()], ids=[
+    "nothing", "source", "profile", "results", "results gone", "figure gone", "cut short", "not complete",
+    "no notebook", "gone", "weights", "data", "store"])
+def test_what_is_unchanged_is_not_executed_again(repo, capsys, monkeypatch, change):
+    root = repo(COUNTING)
+    (root / "weights").mkdir()
+    (root / "weights/net.pkl").write_text("weights")
+    monkeypatch.setenv("DGUTILS_WEIGHTS", str(root / "weights"))
+    monkeypatch.setenv("DGUTILS_DATA", str(root / "data"))
+    run_profile("smoke")
+    if change:
+        change(root)
+    capsys.readouterr()
+    seconds = run_profile("smoke")
+    shown = capsys.readouterr().out
+    assert (root / "count").read_text() == ("2" if change else "1") and bool(seconds) == bool(change)
+    assert bool(re.search(r"^\[1/1\] 01_demo +unchanged since \d\d ... \d\d:\d\d\n.*FORCE=1", shown)) != bool(change)
+
+
+def test_another_parameter_another_version_or_force_execute_again(repo, monkeypatch):
+    root = repo(COUNTING)
+    for expected, call in enumerate([
+            lambda: run_profile("smoke"), lambda: run_profile("smoke", overrides={"rho": 5.0}),
+            lambda: run_profile("smoke", overrides={"rho": 5.0}, force=True),
+            lambda: monkeypatch.setattr("dgutils.pipeline.notebooks.version", lambda name: "9") or
+            run_profile("smoke", overrides={"rho": 5.0})], 1):
+        call()
+        assert (root / "count").read_text() == str(expected)
+    run_profile("smoke", overrides={"rho": 5.0})
+    assert (root / "count").read_text() == "4"
+
+
+def test_a_notebook_is_executed_again_after_other_results_of_an_earlier_one(repo):
+    write = "from pathlib import Path\nPath('report/results/smoke').mkdir(parents=True, exist_ok=True)\n"
+    root = repo(write + "Path('report/results/smoke/01.json').write_text(str(rho))")
+    repo(write + "Path('count').open('a').write('x')", name="02_demo")
+    for overrides, times in (({}, 1), ({}, 1), ({"rho": 5.0}, 2), ({"rho": 5.0}, 2)):
+        run_profile("smoke", overrides=overrides)
+        assert (root / "count").read_text() == times * "x"
+    edit(root / "report/results/smoke/01.json")
+    run_profile("smoke", only="02", overrides={"rho": 5.0})
+    assert (root / "count").read_text() == "xxx"
 
 
 @pytest.mark.parametrize("cell, last, reason", [

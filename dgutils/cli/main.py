@@ -33,13 +33,14 @@ command = commands.command()
 @click.option("--only", multiple=True, metavar="NN", help="Only the notebooks whose names begin so.")
 @SET
 @click.option("--cell-timeout", type=int, default=24 * 3600, help="Seconds that a cell may take, 0: any [a day].")
-def reproduce(profile, only, set, cell_timeout):
+@click.option("--force", is_flag=True, help="Execute notebooks that are unchanged, too.")
+def reproduce(profile, only, set, cell_timeout, force):
     """Run the notebooks of a profile and print the result table."""
     from dgutils.cli.summary import show
     from dgutils.pipeline.notebooks import run_profile
     from dgutils.pipeline.parameters import parse_overrides
 
-    run_profile(profile, only or None, parse_overrides(set), cell_timeout)
+    run_profile(profile, only or None, parse_overrides(set), cell_timeout, force)
     if not only:
         show(profile)
 

@@ -1,10 +1,13 @@
 """Runs the numbered notebooks with a profile's parameters, and believes none before it is complete."""
 
+import hashlib
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from nbclient.exceptions import CellTimeoutError
 from traitlets import default
 
 from dgutils.errors import UserError
-from dgutils.files import FULL_DISK, disk_errors, lock
-from dgutils.paths import repo_root, runs_dir, verbose
+from dgutils.files import FULL_DISK, digest_of_file, disk_errors, lock
+from dgutils.paths import data_places, figures_dir, repo_root, results_dir, runs_dir, verbose, weights_dir
 from dgutils.pipeline import cells, parameters
 from dgutils.terminal import OURS, Screen, log_file, note, tally
 
@@ -70,6 +73,40 @@ def why_incomplete(notebook: nbformat.NotebookNode, name: str) -> str | None:
     return None
 
 
+# --- what is unchanged
+
+
+def state_of(source: Path, values: parameters.Parameters) -> str:
+    """A digest of all that a notebook follows from, and of what it wrote.
+
+    That is its source, its parameters, our code, the libraries' versions, data and weights (by size and date, as they
+    are large), the results of the notebooks before it, whether the store is there; its results and its figures.
+    """
+    number, profile, package = source.name[:2], values.profile, Path(__file__).resolve().parents[1]
+    results = [path for path in sorted(results_dir(profile).glob("*.json")) if path.name[:2] <= number]
+    files = [source, *sorted(package.rglob("*.py")), *sorted((package / "assets").glob("*.[!s]*")), *results,
+             *sorted(figures_dir(profile).glob(f"{number}_*"))]
+    large = [place.rglob("*") for place in data_places(values.dataset)]
+    large += [weights_dir().glob("*"), (package / "assets").glob("*.safetensors")]
+    stats = [(str(path), path.stat()) for paths in large for path in sorted(paths)]
+    described = [values.model_dump(), [version(name) for name in ("torch", "numpy", "scipy")], sys.version,
+                 (runs_dir(profile) / "store").is_dir(), [(path.name, digest_of_file(path)) for path in files],
+                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def unchanged(source: Path, values: parameters.Parameters) -> str | None:
+    """When a notebook was executed, if executing it again could not change what it found; in any doubt, None."""
+    done = runs_dir(values.profile) / "notebooks" / source.name
+    try:
+        executed = nbformat.read(done, as_version=4)
+        if executed.metadata.get("made_from") != state_of(source, values) or why_incomplete(executed, source.stem):
+            return None
+        return time.strftime("%d %b %H:%M", time.localtime(done.stat().st_mtime))
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError):  # not there, or damaged
+        return None
+
+
 def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_timeout: int = CELL_TIMEOUT,
                  screen: Screen | None = None) -> Path:  # fmt: skip
     """Execute one notebook with these parameters; out_dir/notebooks/<name>.ipynb appears when it is complete.
@@ -116,6 +153,8 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
                 if "image/png" in output.get("data", {}):  # sliders need a kernel; their picture does not
                     output.data.pop("application/vnd.jupyter.widget-view+json", None)
         executed.metadata.pop("widgets", None)
+        changes = {parameter: value for parameter, value in values.items() if parameter != "profile"}
+        executed.metadata["made_from"] = state_of(source, parameters.load(values["profile"], changes))
         nbformat.write(executed, temporary)
         os.replace(temporary, done)
         failed.unlink(missing_ok=True)
@@ -123,10 +162,11 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
 
 
 def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides: Mapping[str, Any] | None = None,
-                cell_timeout: int = CELL_TIMEOUT) -> dict[str, float]:  # fmt: skip
+                cell_timeout: int = CELL_TIMEOUT, force: bool = False) -> dict[str, float]:  # fmt: skip
     """Run all notebooks, or those whose names begin with `only`, with a profile and overrides: name -> seconds.
 
-    It prints a line for each notebook when it is done, and how many artifacts were found and made.
+    One that is `unchanged` is not executed again, unless `force`. It prints a line for each notebook when it is done,
+    and how many artifacts were found and made.
     """
     if cell_timeout < 0:
         raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
@@ -147,7 +187,11 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides
     screen, log = Screen(sys.stderr, line), log_file(profile)
     begun = log.stat().st_size if log.exists() else 0
     for number, source in enumerate(selected, 1):
-        start, screen.head = time.monotonic(), f"[{number}/{len(selected)}] {source.stem}  "
+        place, start = f"[{number}/{len(selected)}]", time.monotonic()
+        if not force and (before := unchanged(source, values)):
+            print(f"{place} {source.stem:<28} unchanged since {before}", flush=True)
+            continue
+        screen.head = f"{place} {source.stem}  "
         screen.show("")
         try:
             run_notebook(source, {**(overrides or {}), "profile": profile}, runs_dir(profile), cell_timeout, screen)
@@ -155,6 +199,8 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides
         finally:
             screen.head = ""
             screen.show("")
-        print(f"[{number}/{len(selected)}] {source.stem:<28} {seconds[source.stem]:7.1f} s", flush=True)
+        print(f"{place} {source.stem:<28} {seconds[source.stem]:7.1f} s", flush=True)
+    if len(seconds) < len(selected):
+        print("What is unchanged would come out the same; FORCE=1 executes it again.", flush=True)
     print(f"{tally(profile, begun)}; each is a line of {log.relative_to(repo_root())}", flush=True)
     return seconds
