@@ -23,7 +23,7 @@ from scipy.optimize import minimize_scalar
 from dgutils import datasets, metrics
 from dgutils.arrays import NotFiniteRows
 from dgutils.discriminator import Ensemble, evaluate_logits
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
 from dgutils.machine import device, log_line, resolve_precision
 from dgutils.networks import checkpoints
@@ -32,7 +32,7 @@ from dgutils.networks.features import encode
 from dgutils.noise import RESAMPLING, PerSampleNoise, class_labels, karras_sigmas, keyed_rng, vp_sigmas
 from dgutils.paths import results_dir, runs_dir, torchrun_ranks, verbose
 from dgutils.pipeline import ranks
-from dgutils.pipeline.store import KEPT, ShardedSet, Store, digest_of_json
+from dgutils.pipeline.store import KEPT, Store, digest_of_json
 from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
 from dgutils.terminal import bar, note
 from dgutils.training import Split, TrainingSettings, train_discriminators
@@ -45,13 +45,14 @@ PILOT = range(3_000_000, 3_000_064)  # seeds on which norms are measured, apart 
 def open_store(profile: str) -> Store:
     """The artifacts of a profile, under runs/<profile>/store. Results of different profiles never mix.
 
-    Its lines go to the profile's log. What is damaged is also said, and what one waits for (ranks often do), and all
-    of them where the user wants it.
+    Its lines go to the profile's log. People see what is damaged, what is waited for (by one process: ranks often do),
+    and with VERBOSE=1 all.
     """
+    said = ("QUARANTINED",) if torchrun_ranks() else ("QUARANTINED", "WAIT")
+
     def log(line):
         note(profile, line)
-        waits = line.startswith("WAIT") and not torchrun_ranks()
-        if line.startswith("QUARANTINED") or ranks.group().main and (waits or verbose()):
+        if line.startswith(said) or ranks.group().main and verbose():
             log_line(line)
 
     return Store(runs_dir(profile) / "store", log, results_dir(profile) / KEPT)
@@ -83,9 +84,9 @@ def less_defaults(config, *without: str) -> dict:
 class Sampling:
     """How images are drawn: the network, EDM's schedule (table 2 of the study), and the fixed batch layout.
 
-    precision: "auto" becomes this machine's. sampler: "heun" (EDM), or "ancestral" (DDPM, on VP times: the schedule's
-    other numbers are not used). conditional: every image has a class, a function of its seed. cfg_network: the
-    unconditional network of classifier-free guidance, of weight cfg_weight; "" for none.
+    precision: "auto" becomes this machine's. sampler: "heun" (EDM), or "ancestral" (DDPM: of the schedule, num_steps
+    alone counts). conditional: every image has a class, a function of its seed. cfg_network: the unconditional network
+    of classifier-free guidance, of weight cfg_weight; "" for none.
     """
 
     score_network: str
@@ -103,23 +104,19 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "precision", resolve_precision(self.precision))
-        if self.sampler not in ("heun", "ancestral"):
-            raise UserError(f"unknown sampler '{self.sampler}': choose heun or ancestral")
+        require(self.sampler in ("heun", "ancestral"), f"unknown sampler '{self.sampler}': choose heun or ancestral")
         if self.sampler == "heun":
-            karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
-        if self.batch_size < 1 or self.shard_size % self.batch_size:
-            raise UserError(f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
-        if self.cfg_network and not self.conditional:
-            raise UserError("classifier-free guidance needs conditional sampling: set conditional")
+            karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)  # refuses what is no schedule
+        require(self.batch_size > 0 and self.shard_size % self.batch_size == 0,
+                f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
+        require(self.conditional or not self.cfg_network,
+                "classifier-free guidance needs conditional sampling: set conditional")
 
 
 class Discriminators:
-    """What may guide images: `head(member, state)` on an extractor of the name `feature_extractor`; `digest`.
+    """What may guide images: `head(member, state)` on the extractor named `feature_extractor`, known by `digest`."""
 
-    `trainings`: what is to be trained for them.
-    """
-
-    trainings = ()
+    trainings = ()  # what is to be trained for them
 
     def ensemble(self, members, rule="mean_logit", state: str = "last", calibrated: bool = False) -> Ensemble:
         """Some heads, each in a state of `Trained.head`, combined by a rule; calibrated: at their `temperature`."""
@@ -144,9 +141,7 @@ class Published(Discriminators):
         self.digest = digest_of_json([checkpoints.weights_digest(name) for name in names])
 
     def head(self, member: int, state: str):
-        """Their weights are in one state only, "last"."""
-        if state != "last":
-            raise UserError(f"published discriminators have no state '{state}'")
+        require(state == "last", f"published discriminators have no state '{state}'")
         return checkpoints.load_discriminator(self.discriminators[member])
 
 
@@ -187,8 +182,7 @@ def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()
     network = checkpoints.load_denoiser(sampling.score_network).to(device())
     labels = one_hot = None
     if sampling.conditional:
-        if not network.label_dim:
-            raise UserError(f"'{sampling.score_network}' knows no classes: choose a class-conditional network")
+        require(network.label_dim, f"'{sampling.score_network}' knows no classes: choose a class-conditional network")
         labels = class_labels(seeds, network.label_dim).to(device())
         one_hot = torch.nn.functional.one_hot(labels, network.label_dim).float()
     denoise = network_denoiser(network, sampling.precision, one_hot)
@@ -258,8 +252,8 @@ class ImageSet:
 
     def __post_init__(self):
         sampling, config = self.sampling, less_defaults(self.sampling)
-        inputs = {role: checkpoints.weights_digest(config[role]) for role in ("score_network", "cfg_network")
-                  if role in config}
+        inputs = {role: checkpoints.weights_digest(config[role])
+                  for role in ("score_network", "cfg_network") if role in config}
         if self.guide:
             config["guidance"] = less_defaults(self.guide, "discriminators")
             inputs["discriminators"] = self.guide.discriminators.digest
@@ -329,9 +323,8 @@ class RealSet:
     def images(self) -> np.ndarray:
         images, _ = datasets.load_dataset(self.dataset, self.split)
         stop = self.start + self.n
-        if not 0 <= self.start < stop <= len(images):
-            raise UserError(f"{self.n} images from number {self.start} on: ask for at least 1, from 0 on; "
-                            f"{self.dataset} has {len(images)} {self.split} images, not {stop}")
+        require(0 <= self.start < stop <= len(images), f"{self.n} images from number {self.start} on: ask for at least "
+                f"1, from 0 on; {self.dataset} has {len(images)} {self.split} images, not {stop}")
         return images[self.start : stop]
 
 
@@ -450,24 +443,25 @@ class Trained(Discriminators):
         """The head that a member's training begins with."""
         head, start = init_head(self.config.head, self.config.seed, member), self.config.start
         if start:
-            if checkpoints.network_config(start) != self.config.head:
-                raise UserError(f"'{start}' has other widths or blocks: set head_start to ''")
+            require(checkpoints.network_config(start) == self.config.head,
+                    f"'{start}' has other widths or blocks: set head_start to ''")
             head.load_state_dict(checkpoints.load_discriminator(start).state_dict())
         return head
 
-    def _file(self, name: str) -> Path:
+    @property
+    def _folder(self) -> Path:
         with ranks.alone():  # as in `ImageSet.images`
             self.ensure()
-        return self.artifact.path / name
+        return self.artifact.path
 
     @cached_property
     def history(self) -> list[list[dict]]:
         """For each member one row an epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy."""
-        return json.loads(self._file("history.json").read_text())
+        return json.loads((self._folder / "history.json").read_text())
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return checkpoints.read_tensors(self._file("heads.safetensors"))[0]
+        return checkpoints.read_tensors(self._folder / "heads.safetensors")[0]
 
     def head(self, member: int | tuple[int, int], state: str):
         """A member in a state: "last", "best" (lowest validation loss), or "initial".
@@ -480,9 +474,8 @@ class Trained(Discriminators):
         if which == "initial":
             return head
         weights = {k.removeprefix(prefix): v for k, v in self._tensors.items() if k.startswith(prefix)}
-        if not weights:
-            raise UserError(f"no discriminator {m} in state '{which}': states are last, best, initial and "
-                            f"{self.config.kept}, members 0 to {len(self.config.members) - 1}")
+        require(weights, f"no discriminator {m} in state '{which}': states are last, best, initial and "
+                f"{self.config.kept}, members 0 to {len(self.config.members) - 1}")
         head.load_state_dict(weights)
         return head
 
@@ -492,9 +485,8 @@ class Trained(Discriminators):
         config, n, fakes = self.config, self.config.num_real, self.fakes.images
         real, labels = (self.better.images, np.full(self.better.n, -1)) if self.better else \
             [part[config.first_real :] for part in datasets.load_dataset(config.dataset, "train")]
-        if n != len(fakes) or n > len(real) or n < 10:
-            raise UserError(f"{n} real and {len(fakes)} generated images: give as many of each, from 10 to "
-                            f"{len(real)}")
+        require(n == len(fakes) and 10 <= n <= len(real),
+                f"{n} real and {len(fakes)} generated images: give as many of each, from 10 to {len(real)}")
         if config.real_seed is not None:
             chosen = keyed_rng(config.real_seed, RESAMPLING).permutation(len(real))[:n]
             real, labels = real[chosen], labels[chosen]
@@ -555,21 +547,16 @@ def held_out_logits(store: Store, trained: Trained, vp_times) -> tuple[np.ndarra
 # ---- scores ------------------------------------------------------------------------------
 
 
-def feature_rows(store: Store, images: ImageSet | RealSet, space: str) -> ShardedSet:
-    """Where the features of an image set are stored, in shards of equally many images, at most FEATURE_SHARD."""
-    size = math.ceil(images.n / math.ceil(images.n / FEATURE_SHARD))
-    # the extractor of a published space is in its name
-    extractor = {} if space.startswith("efficientnet") else {"feature_extractor": checkpoints.weights_digest(space)}
-    return store.artifact("features", VERSIONS["features"], {"space": space}, {"images": images.digest} | extractor,
-                          f"{images.label}, {space}").shards(size)
-
-
 def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray:
     """Features float32 [n, d] in `space`: "efficientnet-lite0@128", "inception", or an extractor's name.
 
-    Made in shards, so that ranks share them and a kill costs one.
+    Made in shards of equally many images, at most FEATURE_SHARD, so that ranks share them and a kill costs one.
     """
-    rows, pixels = feature_rows(store, images, space), cache(lambda: images.images)
+    inputs, pixels = {"images": images.digest}, cache(lambda: images.images)
+    if not space.startswith("efficientnet"):  # whose extractor is in its name
+        inputs["feature_extractor"] = checkpoints.weights_digest(space)
+    artifact = store.artifact("features", VERSIONS["features"], {"space": space}, inputs, f"{images.label}, {space}")
+    rows = artifact.shards(math.ceil(images.n / math.ceil(images.n / FEATURE_SHARD)))
     if ranks.group().agree(bool(rows.missing(images.n))):
         images.ensure()
 
@@ -588,24 +575,20 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one arm against real images in one feature space.
-
-    fd, kid: metrics.Resampled, with `.interval()` and `.minus(other)`; manifold: precision, recall, density,
-    coverage. `digest` names the artifact.
-    """
+    """Scores of one arm against real images in one feature space; manifold: precision, recall, density, coverage."""
 
     arm: ImageSet | RealSet
     space: str
-    digest: str
+    digest: str  # of the artifact
     fd: metrics.Resampled
     kid: metrics.Resampled
     manifold: dict[str, float]
 
     def change(self, baseline: "Scores", score: str = "fd") -> metrics.Resampled:
         """Paired difference to a baseline in "fd" or "kid". Raises UserError unless made from the same seeds."""
-        if self.arm.seeds != baseline.arm.seeds or self.space != baseline.space:
-            raise UserError(f"{self.arm.label} and {baseline.arm.label} have other seeds or spaces: "
-                            "a paired comparison needs equal first_seed, n and space")
+        require((self.arm.seeds, self.space) == (baseline.arm.seeds, baseline.space),
+                f"{self.arm.label} and {baseline.arm.label} have other seeds or spaces: a paired comparison needs "
+                "equal first_seed, n and space")
         return getattr(self, score) - getattr(baseline, score)
 
     def minus(self, baseline: "Scores", score: str = "fd") -> metrics.Interval:
@@ -644,14 +627,13 @@ class Score:
             self.artifact.say(True, f"kept in {self.store.keeps}")
         else:
             record = json.loads((self.artifact.ensure(self._make).path / "scores.json").read_text())
-        fd, kid = (metrics.Resampled(record[k]["value"], np.array(record[k]["draws"])) for k in ("fd", "kid"))
+        fd, kid = (metrics.Resampled(record[name]["value"], np.array(record[name]["draws"])) for name in ("fd", "kid"))
         return Scores(self.images, self.space, self.artifact.digest, fd, kid, record["manifold"])
 
     def _make(self, folder: Path) -> None:
         x, real = (features(self.store, images, self.space) for images in (self.images, self.reference))
         fd = metrics.resample(metrics.FrechetReference(real), x, self.num_resamples, seed=0)
         pairs = metrics.PairReference(real, device=device()).compare(x, self.num_resamples, seed=0)
-        record = {"manifold": pairs.manifold}
-        for name, resampled in (("fd", fd), ("kid", pairs.kid)):
-            record[name] = {"value": resampled.value, "draws": resampled.draws.tolist()}
-        (folder / "scores.json").write_text(json.dumps(record))
+        record = {name: {"value": resampled.value, "draws": resampled.draws.tolist()}
+                  for name, resampled in (("fd", fd), ("kid", pairs.kid))}
+        (folder / "scores.json").write_text(json.dumps({"manifold": pairs.manifold} | record))
