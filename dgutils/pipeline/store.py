@@ -61,24 +61,6 @@ def digest_of_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-ABSENT = "(absent)"
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Each place where two identities differ, as 'config.num_steps 18 -> 35'."""
-    if isinstance(old, list) and isinstance(new, list) and all(isinstance(item, dict) for item in old + new):
-        old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in sorted(old | new) for line in differences(
-            old.get(key, ABSENT), new.get(key, ABSENT), f"{where}.{key}" if where else key)]
-    texts = [json.dumps(value, sort_keys=True) for value in (old, new)]
-    if texts[0] == texts[1]:
-        return []
-    shown = [value[:8] if where.startswith("inputs.") else ABSENT if value == ABSENT else text
-             for value, text in zip((old, new), texts, strict=True)]
-    return [f"{where} {shown[0]} -> {shown[1]}"]
-
-
 # --- the store
 
 
@@ -152,8 +134,8 @@ class Artifact:
         self.path, self.name = self.store.root.joinpath(*parts), "-".join(parts)
 
     def lacks(self) -> str:
-        """Why it is not here, whole: what is damaged, or what changed against what is stored. '' if it is."""
-        return self.damage() if os.path.lexists(self.path) else self.what_changed()
+        """Why it is not here, whole; '' if it is."""
+        return self.damage() if os.path.lexists(self.path) else "not found"
 
     def damage(self) -> str:
         """What is wrong with the stored files, or ''. Files that the manifest does not list are not read."""
@@ -167,14 +149,6 @@ class Artifact:
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return f"{name} is missing"
         return ""
-
-    def what_changed(self) -> str:
-        """The fewest differences between this identity and one stored for the same step, in words."""
-        folders = sorted((self.store.root / self.identity["step"]).glob("*"))
-        manifests = [read_manifest(folder) or read_manifest(folder / "shard_00000") for folder in folders]
-        fewest = min((differences(manifest["identity"], self.identity) for manifest in manifests
-                      if manifest and manifest["digest"] != self.digest), key=len, default=["nothing stored yet"])
-        return ", ".join(fewest[:3]) + (f" and {len(fewest) - 3} more" if len(fewest) > 3 else "")
 
     def say(self, hit: bool, why: str) -> None:
         """Log HIT or MISS, and why."""
@@ -262,8 +236,6 @@ class ShardedSet:
     def lacks(self, n: int) -> str:
         """Why the first n rows are not here, whole; '' if they are."""
         total, missing = len(self.parts(n)), len(self.missing(n))
-        if missing == total:
-            return self.artifact.what_changed()
         return f"{total - missing} of {total} shards stored" if missing else ""
 
     def ensure(self, n: int, compute_shard: Callable[[range], dict[str, np.ndarray]]) -> "ShardedSet":
