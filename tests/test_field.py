@@ -519,7 +519,8 @@ def test_options_may_be_repeated(monkeypatch, given):
     seen = {}
     monkeypatch.setattr(cli.commands.commands["reproduce"], "callback", lambda **values: seen.update(values))
     assert cli.main(["reproduce", *given, "--only", "03", "--only", "04", "--profile", "smoke"]) == 0
-    assert seen == {"profile": "smoke", "only": ("03", "04"), "set": ("a=1", "b=2"), "cell_timeout": 24 * 3600}
+    assert seen == {"profile": "smoke", "only": ("03", "04"), "set": ("a=1", "b=2"), "cell_timeout": 24 * 3600,
+                    "force": False}
 
 
 @pytest.mark.parametrize(("arguments", "status", "said"), [(["doctor"], 1, "MISSING  packages"), (["plan"], 2, "package click is missing"),
