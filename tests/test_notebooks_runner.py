@@ -122,9 +122,11 @@ def edit(path, change=lambda text: text + "\n"):
     lambda root: (root / "weights/net.pkl").write_text("other weights"),
     lambda root: (root / "data" / DATA["fashion_mnist"][0]).mkdir(parents=True) or
     (root / "data" / DATA["fashion_mnist"][0] / "train").write_text("x"),
+    lambda root: (root / "data").mkdir() or (root / "data/archive.tar").write_text("x"),
+    lambda root: (root / "weights/net2.pkl").symlink_to("nowhere"),
     lambda root: (root / "runs/smoke/store").mkdir()], ids=[
     "nothing", "source", "profile", "results", "results gone", "figure gone", "cut short", "not complete",
-    "no notebook", "gone", "weights", "data", "store"])
+    "no notebook", "gone", "weights", "data", "an archive", "a broken link", "store"])
 def test_what_is_unchanged_is_not_executed_again(repo, capsys, monkeypatch, change):
     root = repo(COUNTING)
     (root / "weights").mkdir()
@@ -152,6 +154,25 @@ def test_another_parameter_another_version_or_force_execute_again(repo, monkeypa
         assert (root / "count").read_text() == str(expected)
     run_profile("smoke", overrides={"rho": 5.0})
     assert (root / "count").read_text() == "4"
+
+
+def test_what_changes_while_a_notebook_runs_is_not_what_it_was_made_from(repo):
+    root = repo(COUNTING, "source = Path('notebooks/01_demo.ipynb')\n"
+                "source.write_text(source.read_text().replace('# 01_demo', '# Edited'))")
+    for times in ("1", "2", "2"):
+        run_profile("smoke")
+        assert (root / "count").read_text() == times
+
+
+def test_without_a_home_a_notebook_still_runs(repo, monkeypatch):
+    monkeypatch.setattr("dgutils.pipeline.notebooks.weights_dir", lambda: home_is_unknown())
+    root = repo(COUNTING)
+    run_profile("smoke")
+    assert (root / "count").read_text() == "1"
+
+
+def home_is_unknown():
+    raise UserError("no home folder is known here")
 
 
 def test_a_notebook_is_executed_again_after_other_results_of_an_earlier_one(repo):

@@ -76,58 +76,64 @@ def why_incomplete(notebook: nbformat.NotebookNode, name: str) -> str | None:
 # --- what is unchanged
 
 
-def state_of(source: Path, values: parameters.Parameters) -> str:
-    """A digest of all that a notebook follows from, and of what it wrote.
+def state_of(source: Path, p: parameters.Parameters) -> tuple[str, str] | None:
+    """Digests of all that a notebook follows from, and of what it wrote; None if that cannot be told.
 
-    That is its source, its parameters, our code, the libraries' versions, data and weights (by size and date, as they
-    are large), the results of the notebooks before it, whether the store is there; its results and its figures.
+    It follows from its source, its parameters, our code, the libraries, data and weights (by size and date, as they are
+    large), and the results of the notebooks before it. It wrote its results and its figures, and the store is there.
     """
-    number, profile, package = source.name[:2], values.profile, Path(__file__).resolve().parents[1]
-    results = [path for path in sorted(results_dir(profile).glob("*.json")) if path.name[:2] <= number]
-    files = [source, *sorted(package.rglob("*.py")), *sorted((package / "assets").glob("*.[!s]*")), *results,
-             *sorted(figures_dir(profile).glob(f"{number}_*"))]
-    large = [place.rglob("*") for place in data_places(values.dataset)]
-    large += [weights_dir().glob("*"), (package / "assets").glob("*.safetensors")]
-    stats = [(str(path), path.stat()) for paths in large for path in sorted(paths)]
-    described = [values.model_dump(), [version(name) for name in ("torch", "numpy", "scipy")], sys.version,
-                 (runs_dir(profile) / "store").is_dir(), [(path.name, digest_of_file(path)) for path in files],
-                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
-    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def unchanged(source: Path, values: parameters.Parameters) -> str | None:
-    """When a notebook was executed, if executing it again could not change what it found; in any doubt, None."""
-    done = runs_dir(values.profile) / "notebooks" / source.name
+    number, package, root = source.name[:2], Path(__file__).resolve().parents[1], repo_root()
+    results, folders = sorted(results_dir(p.profile).glob("*.json")), data_places(p.dataset)
+    files = [source, *package.rglob("*.py"), *package.glob("assets/*.yaml"), *root.glob("requirements.txt"),
+             *(path for path in results if path.name[:2] < number)]
+    written = [*results_dir(p.profile).glob(f"{number}.json"), *figures_dir(p.profile).glob(f"{number}_*")]
     try:
-        executed = nbformat.read(done, as_version=4)
-        if executed.metadata.get("made_from") != state_of(source, values) or why_incomplete(executed, source.stem):
+        large = [path for folder in folders for path in (*folder.rglob("*"), *folder.parent.glob("*.*"))]
+        large += [*weights_dir().glob("*"), *package.glob("assets/*.safetensors")]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in large]
+        digests = [sorted((path.name, digest_of_file(path)) for path in paths) for paths in (files, written)]
+    except (OSError, UserError):  # a file that vanishes while it is looked at; no home, where weights might be
+        return None
+    libraries = [sys.version, *(version(name) for name in ("torch", "numpy", "scipy"))]
+    follows_from = p.model_dump(), libraries, digests[0], sorted(stats)
+    wrote = digests[1], (runs_dir(p.profile) / "store").is_dir()
+    before, after = (json.dumps(what, sort_keys=True, default=str).encode() for what in (follows_from, wrote))
+    return hashlib.sha256(before).hexdigest(), hashlib.sha256(after).hexdigest()
+
+
+def unchanged(source: Path, p: parameters.Parameters) -> str | None:
+    """When a notebook was executed, if executing it again could not change what it found; in any doubt, None."""
+    done = runs_dir(p.profile) / "notebooks" / source.name
+    try:
+        executed, state = nbformat.read(done, as_version=4), state_of(source, p)
+        if not state or executed.metadata.get("state") != list(state) or why_incomplete(executed, source.stem):
             return None
         return time.strftime("%d %b %H:%M", time.localtime(done.stat().st_mtime))
     except (OSError, ValueError, AttributeError, nbformat.ValidationError):  # not there, or damaged
         return None
 
 
-def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_timeout: int = CELL_TIMEOUT,
-                 screen: Screen | None = None) -> Path:  # fmt: skip
-    """Execute one notebook with these parameters; out_dir/notebooks/<name>.ipynb appears when it is complete.
+def run_notebook(source: Path, p: parameters.Parameters, given: Mapping[str, Any], cell_timeout: int,
+                 screen: Screen) -> None:
+    """Execute one notebook; runs/<profile>/notebooks/<name>.ipynb appears when it is complete.
 
-    Cells run in the repository's root, in this interpreter, each for at most `cell_timeout` seconds (0: for ever). What
-    they write to stderr goes to `screen`, and is no part of a complete notebook. A failure is kept as
-    <name>.failed.ipynb and raised as a UserError; what an earlier run completed stays. Of two runs of one notebook the
-    second waits for the first.
+    p: all parameters; given: those that are not the profile's. Cells run in the repository's root, in this interpreter,
+    each for at most `cell_timeout` seconds (0: for ever). What they write to stderr goes to `screen`, and is no part of
+    a complete notebook. A failure is kept as <name>.failed.ipynb and raised as a UserError; what an earlier run
+    completed stays. Of two runs of one notebook the second waits for the first.
     """
-    name, screen = source.stem, screen or Screen(sys.stderr)
+    name, out_dir = source.stem, runs_dir(p.profile)
     done = out_dir / "notebooks" / f"{name}.ipynb"
     temporary, failed = done.with_name(f".{name[:2]}.tmp.ipynb"), done.with_name(f"{name}.failed.ipynb")
     with disk_errors(out_dir), lock(out_dir / "locks" / f"{name}.lock", True, screen.say):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(source.read_bytes())
-        problem = None
+        problem, before = None, state_of(source, p)  # what is changed while it runs is not what it was made from
         try:
             # Paths are templates to papermill, which fills their {braces} in.
             paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, temporary)]
             papermill.execute_notebook(
-                *paths, dict(values), cwd=repo_root(), kernel_name="python3", language="python",
+                *paths, {**given, "profile": p.profile}, cwd=repo_root(), kernel_name="python3", language="python",
                 kernel_manager_class=ThisPython, stdout_file=sys.stdout if verbose() else None, stderr_file=screen,
                 execution_timeout=cell_timeout, progress_bar=False,  # the cells' own say more
                 coalesce_streams=True,  # and leave their last state in the notebook, not every one
@@ -153,12 +159,11 @@ def run_notebook(source: Path, values: Mapping[str, Any], out_dir: Path, cell_ti
                 if "image/png" in output.get("data", {}):  # sliders need a kernel; their picture does not
                     output.data.pop("application/vnd.jupyter.widget-view+json", None)
         executed.metadata.pop("widgets", None)
-        changes = {parameter: value for parameter, value in values.items() if parameter != "profile"}
-        executed.metadata["made_from"] = state_of(source, parameters.load(values["profile"], changes))
+        if before and (after := state_of(source, p)):
+            executed.metadata["state"] = [before[0], after[1]]
         nbformat.write(executed, temporary)
         os.replace(temporary, done)
         failed.unlink(missing_ok=True)
-    return done
 
 
 def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides: Mapping[str, Any] | None = None,
@@ -194,7 +199,7 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides
         screen.head = f"{place} {source.stem}  "
         screen.show("")
         try:
-            run_notebook(source, {**(overrides or {}), "profile": profile}, runs_dir(profile), cell_timeout, screen)
+            run_notebook(source, values, overrides or {}, cell_timeout, screen)
             seconds[source.stem] = time.monotonic() - start
         finally:
             screen.head = ""
