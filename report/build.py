@@ -19,6 +19,7 @@ from dgutils.results.records import (
     printed,
     write_if_changed,
 )
+from dgutils.terminal import nobody_reads
 from report import diagram, trace
 
 MODES = {"preprint": "preprint", "final": "final", "submission": ""}  # -> the style file's option
@@ -282,9 +283,13 @@ def script(parser: Parser, run: Callable[[argparse.Namespace], int | None]) -> i
     args = parser.parse_args()
     try:
         args.profile = profile_to_report(args.profile)
-        return run(args) or 0
+        status = run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"dgutils: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        return nobody_reads()
     except OSError as error:
         if error.filename is None:
             raise

@@ -529,3 +529,12 @@ def test_commands_before_the_packages_are_there(arguments, status, said):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dgutils.__main__ import main\nsys.exit(main({arguments!r}))"
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
     assert result.returncode == status and said in result.stdout + result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["-m dgutils plan --profile smoke", "-m report.trace --profile cifar10 arm.paper.first.kid_change",
+                                     "-m dgutils --help"])  # fmt: skip
+def test_nobody_reads_on(command):
+    """As with `| head`: the reader has gone before the first line."""
+    process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() in (1, 141)  # click's, or ours

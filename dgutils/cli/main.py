@@ -152,7 +152,9 @@ def main(arguments=None) -> int:
     if cores() < (os.cpu_count() or 1) and "--nproc" not in given:  # torch counts cores that a quota withholds
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
-        return commands.main(given, prog_name="dgutils", standalone_mode=False) or 0
+        status = commands.main(given, prog_name="dgutils", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return status
     except click.Abort:
         print("dgutils: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
@@ -161,6 +163,10 @@ def main(arguments=None) -> int:
         problem = UserError(f"{error.format_message().rstrip('.')} (python -m {name} --help)")
     except UserError as error:
         problem = error
+    except BrokenPipeError:
+        from dgutils.terminal import nobody_reads
+
+        return nobody_reads()
     except OSError as error:
         if error.strerror is None:
             raise

@@ -151,7 +151,7 @@ class Artifact:
         return ""
 
     def say(self, hit: bool, why: str) -> None:
-        """Log HIT or MISS, and why."""
+        """Log HIT or MISS, and what is stored of it."""
         label, why = f" ({self.label})" if self.label else "", f": {why}" if why else ""
         self.store.log(f"{'HIT' if hit else 'MISS'} {self.identity['step']} {self.digest[:16]}{label}{why}")
 
