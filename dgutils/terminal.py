@@ -4,7 +4,6 @@ runs/<profile>/log has a line, with its time, for each artifact that was found (
 libraries say. VERBOSE=1 shows these lines, too.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -21,12 +20,6 @@ from dgutils.paths import runs_dir
 
 OURS = "dgutils: "  # begins a line that is meant for people, and not for the log
 PATIENCE = 600.0  # seconds between two lines on what is computed, where no terminal shows a bar
-
-
-def nobody_reads() -> int:
-    """The exit status of a command whose output nobody reads any more, as after `| head`; it prints nothing further."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
 
 
 class Screen:

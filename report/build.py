@@ -19,7 +19,6 @@ from dgutils.results.records import (
     printed,
     write_if_changed,
 )
-from dgutils.terminal import nobody_reads
 from report import diagram, trace
 
 MODES = {"preprint": "preprint", "final": "final", "submission": ""}  # -> the style file's option
@@ -289,7 +288,8 @@ def script(parser: Parser, run: Callable[[argparse.Namespace], int | None]) -> i
     except UserError as error:
         print(f"dgutils: {error}", file=sys.stderr)
     except BrokenPipeError:
-        return nobody_reads()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: nothing more is printed
+        return 1
     except OSError as error:
         if error.filename is None:
             raise

@@ -152,9 +152,8 @@ def main(arguments=None) -> int:
     if cores() < (os.cpu_count() or 1) and "--nproc" not in given:  # torch counts cores that a quota withholds
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
-        status = commands.main(given, prog_name="dgutils", standalone_mode=False) or 0
-        sys.stdout.flush()
-        return status
+        sys.stdout.reconfigure(line_buffering=True)  # click sees at once that nobody reads, after `| head`, and ends
+        return commands.main(given, prog_name="dgutils", standalone_mode=False) or 0
     except click.Abort:
         print("dgutils: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
@@ -163,10 +162,6 @@ def main(arguments=None) -> int:
         problem = UserError(f"{error.format_message().rstrip('.')} (python -m {name} --help)")
     except UserError as error:
         problem = error
-    except BrokenPipeError:
-        from dgutils.terminal import nobody_reads
-
-        return nobody_reads()
     except OSError as error:
         if error.strerror is None:
             raise
