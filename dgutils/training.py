@@ -4,6 +4,7 @@ Several heads learn side by side on one frozen extractor. Ranks, progress and ch
 """
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +99,7 @@ class Trainee:
         self.config, self.head, self.times, self.history, self.best_state = config, head, times, [], {}
         self.kept = {f"epoch{epoch}": {} for epoch in keep}
         self.optimizer = torch.optim.Adam(head.parameters(), config.learning_rate, weight_decay=config.weight_decay,
-                                          fused=True)
+                                          fused=True, capturable=next(head.parameters()).is_cuda)
 
     @property
     def last_state(self):
@@ -266,6 +267,82 @@ def _for_device(settings: TrainingSettings, device, ranks) -> TrainingSettings:
     return settings if device.type == "cpu" else replace(settings, parts=min(settings.parts, ranks.world))
 
 
+class RecordedStep:
+    """One step of all members on a batch, which a CUDA graph replays: launching its thousands of kernels costs as one.
+
+    Members run beside each other, each on a stream of its own. Where `_member_on_part` repeats an image that a member
+    sees often, and leaves out one that it does not see, this weights it: shapes stay the same. On a CPU, and for the
+    first WARM batches of an epoch, it runs as it stands.
+    """
+
+    WARM = 3  # kernels are chosen, and Adam's state is made, before anything is recorded
+
+    def __init__(self, extractor, settings: TrainingSettings, trainees: list[Trainee], device):
+        self.extractor, self.precision, self.trainees, self.device = extractor, settings.precision, trainees, device
+        self.inputs = self.graph = None
+        self.calls, self.totals = 0, torch.zeros(1, len(trainees), 3, dtype=torch.float64, device=device)
+        self.streams = [torch.cuda.Stream() for _ in trainees] if device.type == "cuda" else []
+
+    def _member(self, m: int, features, label, time, seen) -> None:
+        trainee = self.trainees[m]
+        trainee.optimizer.zero_grad()
+        with autocast(features.device, self.precision):
+            logit = trainee.head(features, time)[:, 0].float()
+        losses = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
+        ((losses * seen).sum() / seen.sum()).backward()
+        trainee.optimizer.step()
+        hits = ((logit > 0) == (label > 0.5)).float()
+        self.totals[0, m] += torch.stack([(one * seen).sum() for one in (losses.detach(), hits, torch.ones_like(hits))])
+
+    def _run(self) -> None:
+        x_vp, label, time, seen = self.inputs
+        with torch.no_grad(), autocast(self.device, self.precision):
+            features = self.extractor.features(x_vp, time)
+        if not self.streams:
+            for m in range(len(self.trainees)):
+                self._member(m, features, label, time, seen[m])
+            return
+        here = torch.cuda.current_stream()
+        for m, stream in enumerate(self.streams):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                self._member(m, features, label, time, seen[m])
+        for stream in self.streams:
+            here.wait_stream(stream)
+
+    def __call__(self, batch: Batch) -> bool:
+        """Do the step; False, and nothing done, for a batch of which a member sees nothing."""
+        seen = torch.stack([batch.seen_by(trainee) for trainee in self.trainees]).float()
+        if not seen.sum(1).all():
+            return False
+        given = (batch.x_vp, batch.label, batch.time, seen)
+        if self.inputs is None:
+            self.inputs = [value.to(self.device) for value in given]
+        for mine, value in zip(self.inputs, given, strict=True):
+            mine.copy_(value)
+        self.calls += 1
+        if self.streams and self.calls == self.WARM + 1:
+            self._record()
+        self.graph.replay() if self.graph else self._run()
+        return True
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._run()
+            self.graph = graph
+        except RuntimeError as error:  # an old driver, or a layer that waits for the device: slower, not worse
+            self.streams = []
+            why = str(error).partition("\n")[0][:100]
+            print(f"the training step is not recorded ({why}): slower", file=sys.stderr)
+
+
+def _records(device, parts: int) -> bool:
+    """Whether a training replays its steps: on one GPU, which otherwise waits for their launching."""
+    return device.type == "cuda" and parts == 1
+
+
 # ---- the loop ----------------------------------------------------------------------------
 
 
@@ -309,7 +386,9 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
     times = RESAMPLINGS[settings.resampling](np.asarray(learn.labels), len(settings.members), settings.seed)
     trainees = [Trainee(config, make_head(m).to(device), times[m], [epoch for k, epoch in settings.kept if k == m])
                 for m, config in enumerate(settings.members)]  # fmt: skip
-    done = _restore(trainees, *resume) if resume else 0
+    done, recorded = _restore(trainees, *resume) if resume else 0, None
+    rng = keyed_rng(settings.seed, 0, 0, VALIDATION)  # the same images and noise every time
+    held_out = list(noised_batches(validate, None, trainees, rng, settings, device))
     with _side_by_side(device) as each:
         losses = partial(part_losses, extractor, settings, each)
         for number, (epoch, active) in list(enumerate(_passes(settings)))[done:]:
@@ -321,14 +400,20 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
             order = rng.permutation(len(learn.images))
             weights = [weight for trainee in now for weight in trainee.head.parameters()]
             totals = torch.zeros(parts, len(now), 3, dtype=torch.float64, device=device)
+            if _records(device, parts) and (recorded is None or recorded.trainees != now):
+                recorded = RecordedStep(extractor, settings, now, device)
             for batch in noised_batches(learn, order, now, rng, settings, device):
+                if recorded and recorded(batch):
+                    continue
                 sum_gradients(weights, parts, partial(losses, now, batch, totals), ranks)
                 each(Trainee.step, now, [batch] * len(now))
+            if recorded:
+                totals += recorded.totals
+                recorded.totals.zero_()
             train = mean_scores(totals, now, ranks)
 
-            rng = keyed_rng(settings.seed, 0, 0, VALIDATION)  # the same images and noise every time
             totals = torch.zeros_like(totals)
-            for batch in noised_batches(validate, None, trainees, rng, settings, device):
+            for batch in held_out:
                 for part in range(parts)[ranks.slice(parts)]:
                     losses(now, batch, totals, part)
             validation = mean_scores(totals, now, ranks)

@@ -387,3 +387,20 @@ def test_kept_epoch_is_what_a_shorter_training_ends_with():
 def test_a_gpu_gets_one_part_of_a_batch_and_a_cpu_those_that_make_the_same_bits(device, ranks, parts):
     settings = training.TrainingSettings((), parts=8)
     assert training._for_device(settings, torch.device(device), SimpleNamespace(world=ranks)).parts == parts
+
+
+@pytest.mark.parametrize("options", [{}, {"resampling": "bootstrap"}, {"sequential": True}])
+def test_a_recorded_step_trains_as_the_loop_does(monkeypatch, options):
+    """Its weights in the place of repeated rows change nothing but the rounding; batches unseen are the loop's."""
+    members = [member("a", epochs=3), member("b", epochs=2, min_time=0.3), member("c", min_time=0.97)]
+    plain = train(members, batch_size=16, **options)
+    monkeypatch.setattr(training, "_records", lambda device, parts: True)
+    steps, call = [], training.RecordedStep.__call__
+    monkeypatch.setattr(training.RecordedStep, "__call__", lambda self, b: steps.append(call(self, b)) or steps[-1])
+    recorded = train(members, batch_size=16, **options)
+    assert True in steps and (False in steps) != ("sequential" in options)  # alone, a member sees every image
+    for one, other in zip(plain, recorded, strict=True):
+        for row, again in zip(one.history, other.history, strict=True):
+            assert row == pytest.approx(again, abs=2e-4, nan_ok=True)
+        for name, value in one.last_state.items():
+            assert torch.allclose(value, other.last_state[name], atol=2e-4), name

@@ -1,7 +1,8 @@
 """Several processes on one study: torchrun's ranks share the work of a store, and sum what they have in common.
 
-A rank is a process with a device of its own: NCCL joins GPUs, Gloo joins CPUs; without torchrun there is a group of
-one. Ranks make the same calls in the same order; what they make depends neither on their number nor on who made it.
+A rank is a process with a GPU of its own, joined by NCCL, or with a share of the GPUs or cores, joined by Gloo; without
+torchrun there is a group of one. Ranks make the same calls in the same order; what they make depends neither on their
+number nor on who made it.
 """
 
 import math
@@ -17,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dgutils.errors import UserError
 from dgutils.paths import torchrun_ranks
 
 TIMEOUT = 360.0  # minutes that ranks wait for each other: longer than any shard takes
@@ -169,7 +169,7 @@ def join(timeout: float = TIMEOUT, minutes: float | None = None) -> Iterator[Gro
     """Within this block the process is one of torchrun's ranks; without torchrun, a group of one.
 
     timeout: minutes after which a rank that the others wait for counts as lost. minutes: after which nothing new is
-    begun (None: no limit). Raises UserError if there are more ranks on this machine than GPUs.
+    begun (None: no limit). More ranks than GPUs share them: what a small network leaves idle, another rank uses.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     world = torchrun_ranks()
@@ -181,15 +181,14 @@ def join(timeout: float = TIMEOUT, minutes: float | None = None) -> Iterator[Gro
     import torch.distributed as dist
 
     rank, local_rank, device = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), None
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} ranks, but {torch.cuda.device_count()} GPUs here:"
-                            " start as many ranks as GPUs")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    backend = "gloo"
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(local_rank % gpus)
+        if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:  # NCCL refuses ranks that share one
+            backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device else "gloo", store=store, rank=rank, world_size=world,
-                            timeout=timedelta(minutes=timeout), device_id=device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=timeout),
+                            device_id=device)
     key = [secrets.token_hex(8)]
     dist.broadcast_object_list(key)
     with _as(Group(rank, world, rank == 0, deadline, store, key[0])) as joined:
