@@ -239,6 +239,7 @@ def test_the_second_study_has_the_arms_of_its_plan_at_equal_seeds():
     assert {"one", "six_table.equal", "silence", "gain", "faulty", "shuffled.equal", "dealt", "cifar10-edm.plain",
             "cifar10-edm-2m.six", "world.as_run", "world.less_boosting", "world.plus_raw_logits",
             "overfitted_last"} <= study.keys()  # fmt: skip
+    assert list(study)[:3] == ["one", "faulty", "correct"] and study["faulty.w2"][0].guide.weight_1st_order == 2.0
     assert not [name for name in study if "wrong_file" in name]  # it was never in the study's images
     starts = {arm.first_seed for name, arms in study.items() if name != "unguided" for arm in arms}
     assert starts == {1_000_000} and {len(arms) for name, arms in study.items() if name != "unguided"} == {2}
@@ -271,14 +272,14 @@ def test_single_faults_of_the_studys_world_are_left_out_and_added_one_at_a_time(
             assert len(differ) == 1, (fault, differ)
 
 
-def test_equal_strength_is_that_of_one_at_the_papers_weight():
+def test_equal_strength_is_that_of_one_at_the_studys_weight():
     (study,) = [arms for arms in arms("06", "second", **SECOND) if "six_papers.equal" in arms]
     one = study["one"][0].guide
     for name in ("six_table.equal", "six_logits.equal", "three_best.equal", "six_papers.equal", "six_calibrated.equal",
                  "shuffled.equal"):
         to = study[name][0].guide.equal_to
         assert jobs.less_defaults(to, "discriminators") == jobs.less_defaults(one, "discriminators")
-        assert to.discriminators.digest == one.discriminators.digest and one.weight_1st_order == 2.0
+        assert to.discriminators.digest == one.discriminators.digest and one.weight_1st_order == 16.0
 
 
 @pytest.mark.parametrize(("profile", "changes"), [("quick", {}), ("cifar10", {"sweep_weights": [1.0, 4.0]}),

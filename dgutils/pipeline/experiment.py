@@ -119,7 +119,8 @@ class Experiment:
         return self._score(arm, space or self.parameters.feature_spaces[0], reference).ensure()
 
     def _score(self, arm: ImageSet | RealSet, space: str, reference: RealSet | None) -> Score:
-        return Score(self.store, arm, reference or self.reference, space, self.parameters.num_resamples)
+        p = self.parameters
+        return Score(self.store, arm, reference or self.reference, space, p.num_resamples, p.linear_from)
 
 
 # --- what several notebooks share

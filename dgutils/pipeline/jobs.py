@@ -605,10 +605,12 @@ class Score:
     reference: RealSet
     space: str
     num_resamples: int = 200
+    linear_from: float = 20  # of `metrics.FrechetReference`
 
     def __post_init__(self):
         inputs = {"arm": self.images.digest, "reference": self.reference.digest}
         config = {"space": self.space, "num_resamples": self.num_resamples, "seed": 0}
+        config |= {"linear_from": self.linear_from} if self.linear_from != 20 else {}
         self.artifact = self.store.artifact("evaluate", VERSIONS["evaluate"], config, inputs,
                                             f"{self.images.label}, {self.space}")
 
@@ -632,7 +634,7 @@ class Score:
 
     def _make(self, folder: Path) -> None:
         x, real = (features(self.store, images, self.space) for images in (self.images, self.reference))
-        fd = metrics.resample(metrics.FrechetReference(real), x, self.num_resamples, seed=0)
+        fd = metrics.resample(metrics.FrechetReference(real, self.linear_from), x, self.num_resamples, seed=0)
         pairs = metrics.PairReference(real, device=device()).compare(x, self.num_resamples, seed=0)
         record = {name: {"value": resampled.value, "draws": resampled.draws.tolist()}
                   for name, resampled in (("fd", fd), ("kid", pairs.kid))}

@@ -84,6 +84,7 @@ class Parameters(BaseModel):
     reference_split: Literal["train", "test"] = Field("test", description="whose real images arms are scored against")
     num_reference: Count = Field(2000, description="how many of them")
     num_resamples: Annotated[Count, Field(le=100_000)] = Field(100, description="bootstrap resamples of every score")
+    linear_from: Positive = Field(20, description="images a dimension from which on an FD's resamples are linear")
     # table 1: the six discriminators
     member_names: list[str] = Field(["Paper", "D1", "D2", "D3", "D4", "D5"], min_length=1, description="one a member")
     learning_rates: list[Positive] = Field([3e-4, 1e-3, 1e-4, 1e-4, 5e-5, 1e-5], description="of Adam")
