@@ -132,6 +132,15 @@ def test_a_norm_that_does_not_compile_is_one_line_and_torch_s_own(monkeypatch, c
     edm._compiled_norm.cache_clear()
 
 
+def test_the_compiled_norm_is_tried_with_gradients_by_whoever_asks_first(monkeypatch, capsys):
+    """Sampling asks without: on the first card its trial failed, and torch's own norm ran (docs/gpu.md)."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    with torch.no_grad():
+        assert edm._compiled_norm.__wrapped__("cpu") is edm.norm_rows
+    assert not capsys.readouterr().err
+
+
+
 def test_group_norm_refuses_second_derivatives():
     x = torch.randn(1, 8, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
     (gradient,) = torch.autograd.grad(edm.GroupNorm(8)(x).square().sum(), x, create_graph=True)

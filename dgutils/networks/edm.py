@@ -143,13 +143,14 @@ def norm_rows(x, groups, weight, bias, eps, silu):
 
 
 @functools.cache
-def _compiled_norm():
+def _compiled_norm(device="cuda"):
     """`norm_rows` compiled for tensors of any size, which takes seconds; None, and one line, where that fails."""
     try:
         torch._dynamo.config.recompile_limit = 64  # types, with and without gradients or SiLU: each its own kernels
         compiled = torch.compile(norm_rows, dynamic=True)
-        x, weight = torch.ones(2, 16, 64, device="cuda", requires_grad=True), torch.ones(64, device="cuda")
-        compiled(x, 16, weight, weight, 1e-5, True).sum().backward()
+        with torch.enable_grad():  # the first to ask may be sampling
+            x, weight = torch.ones(2, 16, 64, device=device, requires_grad=True), torch.ones(64, device=device)
+            compiled(x, 16, weight, weight, 1e-5, True).sum().backward()
         return compiled
     except Exception as error:  # no compiler, an old card, a new driver: torch's own norm works on all
         why = str(error).strip().partition("\n")[0][:100]
