@@ -148,7 +148,10 @@ class Parameters(BaseModel):
         for name in ("member_names", "feature_spaces", "ladder", "variants", "families"):
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{name} has {max(values, key=values.count, default='')} twice")
-        channels = {"fashion_mnist": 1, "cifar10": 3}[self.dataset]
+        channels, there_are = {"fashion_mnist": (1, 60_000), "cifar10": (3, 50_000)}[self.dataset]
+        real = {"num_fake": self.own_discriminators, "num_reference": self.reference_split == "train"}
+        for name in (name for name, trained in real.items() if trained and getattr(self, name) > there_are):
+            raise UserError(f"{name} is {getattr(self, name)}: {self.dataset} has {there_are} training images")
         used = [(name, getattr(self, name), kind) for name, kind in NETWORKS.items()]
         used += [("feature_spaces", space, "extractor") for space in self.feature_spaces if not published(space)]
         for name, network, kind in used:
