@@ -117,7 +117,7 @@ def test_what_only_looks_like_a_number_is_refused(profiles, text):
     ("sigma_min: 90", "sigma_min 90 is not below sigma_max 80"),
     ("shard_size: 99", "shard_size 99 is not a multiple of batch_size 160"),
     ("num_fake: 60001", "num_fake is 60001: fashion_mnist has 60000 training images"),
-    ("base: cifar10\nreference_split: train\nnum_reference: 50001", "num_reference is 50001: cifar10 has 50000 train"),
+    ("reference_split: train\nnum_reference: 60001", "num_reference is 60001: fashion_mnist has 60000 training"),
     ("training_parts: 5000", "training_parts is 5000: input should be less than or equal to 4096"),
     ("ladder: [raw]", "ladder.0 is 'raw': input should be 'steps', 'raw_logits'"),
     ("ladder: [wrong_file]\nmember_names: [a]\nlearning_rates: [1]\nweight_decays: [0]\nepochs: [1]\nmin_times: [0.1]",
