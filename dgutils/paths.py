@@ -14,12 +14,6 @@ from pathlib import Path
 
 from dgutils.errors import UserError
 
-# Data set -> its folder in $DGUTILS_DATA, Debian's folder, its folder among torchvision's downloads.
-DATA = {
-    "fashion_mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist", "FashionMNIST/raw"),
-    "cifar10": ("cifar10", None, "cifar-10-batches-py"),
-}
-
 # What an account may have set for other programs. Here it would change numbers (arithmetic), figures or pages, or
 # break a build: names that begin so are dropped.
 ACCOUNT = (
@@ -27,8 +21,7 @@ ACCOUNT = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT", "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_CEILING",
     "TEX", "BIB", "BST", "LATEXMK", "max_print_line", "openin_any", "openout_any", "shell_escape", "SOURCE_DATE_EPOCH",
     "TFMFONTS", "T1FONTS", "VFFONTS", "ENCFONTS", "TQDM_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
-    "PYTORCH_JIT",
-    "ONEDNN_", "DNNL_", "ATEN_", "NPY_", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
+    "PYTORCH_JIT", "ONEDNN_", "DNNL_", "ATEN_", "NPY_", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
     "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32",
 )  # fmt: skip
 
@@ -53,8 +46,7 @@ def home() -> Path:
 
 def folder(name: str, below: Path | None = None) -> Path | None:
     """The folder that an environment variable names, relative ones below the clone (or `below`); None if unset."""
-    text = said(name)
-    if text is None:
+    if (text := said(name)) is None:
         return None
     try:
         path = home() / text[2:] if text == "~" or text.startswith("~/") else Path(text).expanduser()
@@ -111,17 +103,6 @@ def weights_dir() -> Path:
     return folder("DGUTILS_WEIGHTS") or cache_dir() / "weights"
 
 
-def data_places(dataset: str) -> list[Path]:
-    """The folders in which a data set may lie, whether they exist or not; the first that does is read."""
-    own, debian, cached = DATA[dataset]
-    places = [data_dir() / own] if data_dir() else []
-    places += [Path(debian)] if debian else []
-    try:
-        return [*places, cache_dir() / "data" / cached]
-    except UserError:  # no home, and none is needed for the others
-        return places
-
-
 def cores(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
     """The processor cores that this process may use: those it is bound to, or fewer by a quota (cgroup 2)."""
     bound = getattr(os, "sched_getaffinity", None)  # macOS has none
@@ -168,12 +149,9 @@ def environment() -> dict[str, str]:
     """
     calm = {} if said("OMP_WAIT_POLICY") or said("GOMP_SPINCOUNT") else {"GOMP_SPINCOUNT": "1000"}
     ours = repo_root() / ".account"  # directly below a folder that exists: else IPython takes a temporary one
-    return {
-        **inherited(), **calm,
+    return inherited() | calm | dict.fromkeys(("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG"), str(ours / "texmf")) | {
         "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours),
-        "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1",
-        **{name: str(ours / "texmf") for name in ("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG")},
-    }  # fmt: skip
+        "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
 
 
 def settle(*arguments: str) -> None:

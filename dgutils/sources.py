@@ -8,12 +8,25 @@ cifar10, or torchvision's download.
 import gzip
 import pickletools
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from dgutils.errors import require
+from dgutils.errors import UserError, require
 from dgutils.paths import cache_dir, data_dir
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def places(dataset: str) -> list[Path]:
+    """The files and folders in which a data set may lie, whether they exist or not."""
+    fashion = dataset == "fashion_mnist"
+    own = ("fashion-mnist",) if fashion else ("cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz")
+    found = [data_dir() / name for name in own if data_dir()] + [DEBIAN] * fashion
+    with suppress(UserError):  # no home, and none is needed for the others
+        found.append(cache_dir() / "data" / ("FashionMNIST/raw" if fashion else "cifar-10-batches-py"))
+    return found
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -32,10 +45,9 @@ def _from_torchvision(cls: str, split: str):
 
 def _fashion_mnist(split: str):
     stem = {"train": "train", "test": "t10k"}[split]
-    for folder in (data_dir() and data_dir() / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist")):
-        if folder and folder.is_dir():
-            images, labels = (_read_idx(folder / f"{stem}-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
-            break
+    own = data_dir() / "fashion-mnist" if data_dir() else DEBIAN
+    if folder := next((folder for folder in (own, DEBIAN) if folder.is_dir()), None):
+        images, labels = (_read_idx(folder / f"{stem}-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
     else:
         images, labels = _from_torchvision("FashionMNIST", split)
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], labels  # 28x28 in a black 32x32 frame

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgutils import __main__, machine, paths
+from dgutils import __main__, machine, paths, sources
 from dgutils.cli import main as cli
 from dgutils.errors import UserError
 
@@ -80,7 +80,7 @@ def test_no_home_where_none_is_needed(clone, monkeypatch):
     monkeypatch.setenv("DGUTILS_WEIGHTS", "/tmp/w")
     assert paths.weights_dir() == Path("/tmp/w")
     monkeypatch.setenv("DGUTILS_DATA", "/tmp/d")
-    assert paths.data_places("cifar10") == [Path("/tmp/d/cifar10")]
+    assert {place.parent for place in sources.places("cifar10")} == {Path("/tmp/d")}
     assert paths.environment()["PYTHONUTF8"] == "1"
     monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/c")
     monkeypatch.delenv("DGUTILS_WEIGHTS")

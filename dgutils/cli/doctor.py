@@ -14,13 +14,15 @@ from importlib import metadata
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import DATA, data_dir, data_places, repo_root, runs_dir
+from dgutils.paths import repo_root, runs_dir
 
 PACKAGE = Path(__file__).resolve().parents[1]
 GB = 1e9
 PACKAGES_GB = 6  # with the CUDA libraries that torch brings along on Linux
 MEMORY_GB = 4  # of one process, with the published networks
 ARMS = 40  # image sets of num_eval images that the six notebooks compare, rounded up
+DOWNLOADS = {"fashion_mnist": "sudo apt-get install dataset-fashion-mnist, or nothing: 30 MB are downloaded",
+             "cifar10": "nothing: 170 MB are downloaded"}
 
 
 class Absent(Exception):
@@ -59,9 +61,9 @@ def check_packages():
                 "pip install --require-hashes -r requirements.txt")
 
 
-def check_disk(values, installed):
+def check_disk(values):
     images = values.get("num_fake", 0) + ARMS * values.get("num_eval", 0)  # with features in two spaces of 2048 float32
-    wanted = 1 + images * (3 * 32 * 32 + 2 * 2048 * 4) / GB + (0 if installed else PACKAGES_GB)
+    wanted = 1 + images * (3 * 32 * 32 + 2 * 2048 * 4) / GB + (0 if values else PACKAGES_GB)
     free = shutil.disk_usage(repo_root()).free / GB
     return need(free >= wanted, f"{free:.0f} GB free under {repo_root()}, about {wanted:.0f} GB needed",
                 "free some, or clone to a larger disk")
@@ -107,14 +109,10 @@ def check_device():
 
 def check_data(dataset):
     from dgutils.datasets import load_dataset
+    from dgutils.sources import places
 
-    places = data_places(dataset) if dataset in DATA else []
-    official = ("cifar-10-batches-py", "cifar-10-python.tar.gz") if dataset == "cifar10" and data_dir() else ()
-    there = [*places, *(data_dir() / name for name in official)]
-    if places and not any(place.exists() for place in there):  # to load it would be to download it
-        get = {"fashion_mnist": "sudo apt-get install dataset-fashion-mnist, or nothing: 30 MB are",
-               "cifar10": "nothing: 170 MB are"}[dataset]
-        raise Absent(f"{dataset}, looked for in {', '.join(map(str, places))}", f"{get} downloaded when first needed")
+    need(any(place.exists() for place in places(dataset)),  # to load it would be to download it
+         f"{dataset}, looked for in {', '.join(map(str, places(dataset)))}", f"{DOWNLOADS[dataset]} when first needed")
     train, test = (len(load_dataset(dataset, split)[0]) for split in ("train", "test"))
     return f"{dataset}: {train:,} and {test:,} images, checksums right"
 
@@ -143,35 +141,32 @@ def check_published(profile, values):
 
 def run(profile="quick"):
     """Print the list for a profile. Returns 1 if something is missing, else 0. UserError for an unknown profile."""
-    missing = []
+    missing, values = [], {}
 
     def check(name, function, *arguments):
         try:
             print(f"  OK       {name:<18} {function(*arguments)}", flush=True)
-            return True
         except (Absent, UserError) as absent:
             print(f"  MISSING  {name:<18} " + f"\n{'':>11}{'to do':<18} ".join(absent.args), flush=True)
             missing.append(name)
-            return False
 
     print(f"What profile {profile} needs:\n")
     check("Python", check_python)
-    installed, values = check("packages", check_packages), {}
-    if installed:
+    check("packages", check_packages)
+    if installed := "packages" not in missing:
         from dgutils.pipeline.parameters import load
 
         values = load(profile).model_dump()
-    check("disk", check_disk, values, installed)
+    check("disk", check_disk, values)
     check("folder", check_folder, profile)
     check("memory", check_memory)
     check("TeX", check_tex)
     if installed:
         check("device", check_device)
-        downloads = [] if check("data", check_data, values["dataset"]) else ["the data"]
+        check("data", check_data, values["dataset"])
         check("shipped weights", check_shipped, values)
-        downloads += [] if check("published weights", check_published, profile, values) else ["the published weights"]
-        check("network", lambda: f"needed once, for {' and '.join(downloads)}" if downloads else "not needed")
+        check("published weights", check_published, profile, values)
     else:
-        print("\nDevice, data, weights and network are checked once the packages are there.")
+        print("\nDevice, data and weights are checked once the packages are there.")
     print(f"\nMissing: {', '.join(missing)}." if missing else "\nNothing is missing.")
     return int(bool(missing))

@@ -21,8 +21,9 @@ from traitlets import default
 
 from dgutils.errors import UserError
 from dgutils.files import FULL_DISK, digest_of_file, disk_errors, lock
-from dgutils.paths import data_places, figures_dir, repo_root, results_dir, runs_dir, verbose, weights_dir
+from dgutils.paths import figures_dir, repo_root, results_dir, runs_dir, verbose, weights_dir
 from dgutils.pipeline import cells, parameters
+from dgutils.sources import places
 from dgutils.terminal import OURS, Screen, log_file, note, tally
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
@@ -83,7 +84,7 @@ def state_of(source: Path, p: parameters.Parameters) -> tuple[str, str] | None:
     large), and the results of the notebooks before it. It wrote its results and its figures, and the store is there.
     """
     number, package, root = source.name[:2], Path(__file__).resolve().parents[1], repo_root()
-    results, folders = sorted(results_dir(p.profile).glob("*.json")), data_places(p.dataset)
+    results, folders = sorted(results_dir(p.profile).glob("*.json")), places(p.dataset)
     files = [source, *package.rglob("*.py"), *package.glob("assets/*.yaml"), *root.glob("requirements.txt"),
              *(path for path in results if path.name[:2] < number)]
     written = [*results_dir(p.profile).glob(f"{number}.json"), *figures_dir(p.profile).glob(f"{number}_*")]
