@@ -431,8 +431,7 @@ TORCHRUN = {name: "2" for name in paths.TORCHRUN} | {"MASTER_ADDR": "127.0.0.1"}
                                   {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, TORCHRUN | {"MASTER_ADDR": ""},
                                   TORCHRUN | {"MASTER_PORT": "x"}, {"TORCHELASTIC_ERROR_FILE": "/tmp/e"}])
 def test_leftovers_of_torchrun_mean_one_process(monkeypatch, left):
-    from dgutils.pipeline.launching import reporting
-    from dgutils.pipeline.ranks import join
+    from dgutils.pipeline.ranks import join, reporting
 
     for name in (*TORCHRUN, "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
@@ -447,8 +446,7 @@ def test_leftovers_of_torchrun_mean_one_process(monkeypatch, left):
 
 RANKS = """
 import sys
-from dgutils.pipeline.launching import reporting, run_ranks
-from dgutils.pipeline.ranks import join
+from dgutils.pipeline.ranks import join, reporting, run_ranks
 if sys.argv[1:]:
     with reporting(), join() as group:
         group.barrier()

@@ -53,7 +53,7 @@ def reproduce(profile, only, set, cell_timeout, force):
 @SET
 def work(profile, nproc, timeout, minutes, set):
     """Compute what a profile's notebooks will ask for, as one rank or as several."""
-    from dgutils.pipeline import launching, parameters
+    from dgutils.pipeline import parameters, ranks
     from dgutils.pipeline.work import work
 
     overrides = parameters.parse_overrides(set)
@@ -62,7 +62,7 @@ def work(profile, nproc, timeout, minutes, set):
     parameters.load(profile, overrides)  # what is wrong with them is said before any rank starts
     again = ["-m", "dgutils", "work", "--profile", profile, "--timeout", str(timeout)]
     again += ["--minutes", str(minutes)] if minutes else []
-    launching.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
+    ranks.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
 
 
 @command

@@ -8,7 +8,6 @@ from dgutils import datasets
 from dgutils.pipeline import cells, jobs, parameters, ranks
 from dgutils.pipeline.experiment import Experiment, Score
 from dgutils.pipeline.jobs import Trained
-from dgutils.pipeline.launching import reporting
 
 SCORED_AT_ONCE = 8  # scores that ranks work on together: enough for all to have something to do
 
@@ -50,7 +49,7 @@ def work(profile: str, overrides: Mapping[str, Any] | None = None, timeout: floa
 
     minutes: after which it ends between two shards, epochs or scores, and says what is left.
     """
-    with reporting(), ranks.join(timeout, minutes) as group:
+    with ranks.reporting(), ranks.join(timeout, minutes) as group:
         declared = Declared(profile, overrides)
         with group.first():  # who comes first may have to download
             for split in ("train", "test"):
