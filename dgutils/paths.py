@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 
 # What an account may have set for other programs. Here it would change numbers (arithmetic), figures or pages, or
 # break a build: names that begin so are dropped.
@@ -59,17 +59,15 @@ def repo_root() -> Path:
     """The clone: the folder with pyproject.toml above this file, or the one that $DGUTILS_ROOT names."""
     clone = next((above for above in Path(__file__).resolve().parents if (above / "pyproject.toml").is_file()), None)
     root = folder("DGUTILS_ROOT", clone or Path.cwd()) or clone
-    if root is None:
-        raise UserError("dgutils is installed apart from its repository: set DGUTILS_ROOT to the clone's folder")
-    if not root.is_dir():
-        raise UserError(f"DGUTILS_ROOT names {root}, which is no folder: name the clone's, or unset it")
+    require(root, "dgutils is installed apart from its repository: set DGUTILS_ROOT to the clone's folder")
+    require(root.is_dir(), f"DGUTILS_ROOT names {root}, which is no folder: name the clone's, or unset it")
     return root.resolve()
 
 
 def _of(profile: str, *parts: str) -> Path:
     """A folder of the clone that belongs to a profile. Raises UserError for what is no profile's name."""
-    if not re.fullmatch("[a-z0-9_][a-z0-9_-]*", profile):
-        raise UserError(f"profile {profile!r}: a name is one word of a-z, 0-9, - and _, as in notebooks/profiles")
+    require(re.fullmatch("[a-z0-9_][a-z0-9_-]*", profile),
+            f"profile {profile!r}: a name is one word of a-z, 0-9, - and _, as in notebooks/profiles")
     return repo_root().joinpath(*parts, profile)
 
 
@@ -128,28 +126,22 @@ def torchrun_ranks() -> int:
     return int(os.environ["WORLD_SIZE"]) if complete else 0
 
 
-def inherited() -> dict[str, str]:
-    """This process's environment less what the account set for other programs (`ACCOUNT`), and our empty variables.
-
-    Raises UserError for a number of threads that is none: each process would complain of it, and take all cores.
-    """
-    threads, ours = said("OMP_NUM_THREADS"), {"HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"}  # libraries read them, too
-    if threads and not re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads):
-        raise UserError(f"OMP_NUM_THREADS={threads}: give a number of threads, such as {cores()}, or unset it")
-    return {name: text for name, text in os.environ.items()
-            if not name.startswith(ACCOUNT) and (text.strip() or name not in ours)}  # fmt: skip
-
-
 def environment() -> dict[str, str]:
-    """The environment in which we work, and all that we start: `inherited`, and the account's files are hidden.
+    """The environment in which we work, and all that we start, without what the account set for other programs.
 
-    These are the configuration of matplotlib, IPython, nbconvert's templates and TeX. Texts are UTF-8
-    whatever the locale. Unless the user says how, a thread that waits for others gives its core away after
-    microseconds: OpenMP's milliseconds of spinning cost a run beside other work ten times what they save it alone.
+    Of variables, `ACCOUNT` and our empty ones are dropped; of files, matplotlib's configuration, IPython's, nbconvert's
+    templates and TeX's are hidden. Texts are UTF-8 whatever the locale. Unless the user says how, a thread that waits
+    gives its core away after microseconds: OpenMP's milliseconds of spinning cost a run beside other work ten times
+    what they save it alone. Raises UserError for a number of threads that is none: each process would complain of it.
     """
+    threads, empty = said("OMP_NUM_THREADS"), {"HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"}  # libraries read them, too
+    require(re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads or "1"),
+            f"OMP_NUM_THREADS={threads}: give a number of threads, such as {cores()}, or unset it")
+    kept = {name: text for name, text in os.environ.items()
+            if not name.startswith(ACCOUNT) and (text.strip() or name not in empty)}
     calm = {} if said("OMP_WAIT_POLICY") or said("GOMP_SPINCOUNT") else {"GOMP_SPINCOUNT": "1000"}
     ours = repo_root() / ".account"  # directly below a folder that exists: else IPython takes a temporary one
-    return inherited() | calm | dict.fromkeys(("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG"), str(ours / "texmf")) | {
+    return kept | calm | dict.fromkeys(("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG"), str(ours / "texmf")) | {
         "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours),
         "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
 

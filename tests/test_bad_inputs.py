@@ -250,7 +250,7 @@ COMMANDS = {
     "profile with results below": (["plan", "--profile", "../results/cifar10"], "a name is one word of a-z, 0-9"),
     "profile of two words": (["plan", "--profile", "my profile"], "a name is one word"),
     "empty profile": (["keep", "--profile", ""], "a name is one word"),
-    "minutes that are no number": (["work", "--timeout", "nan"], "give minutes, more than 0"),
+    "minutes that are no number": (["work", "--minutes", "nan"], "give minutes, more than 0"),
     "no minutes": (["train-score", "fashion-mnist-edm", "--minutes", "0"], "give minutes, more than 0"),
     "no ranks": (["work", "--nproc", "0"], "start at least 1 rank"),
     "no file to inspect": (["inspect"], "Missing argument 'FILE...'"),

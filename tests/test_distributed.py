@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,8 @@ def run_out_of_time(folder):
 def be_a_rank(what, folder, minutes):
     with ranks.reporting():
         tiny.use_tiny_networks(pytest.MonkeyPatch())
-        with ranks.join(float(minutes)):
+        ranks.PATIENCE = timedelta(minutes=float(minutes))
+        with ranks.join():
             globals()[what](Path(folder))
 
 

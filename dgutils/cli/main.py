@@ -48,20 +48,18 @@ def reproduce(profile, only, set, cell_timeout, force):
 @command
 @_profile("quick")
 @click.option("--nproc", type=int, help="Start so many ranks on this machine [be one of torchrun's].")
-@click.option("--timeout", type=float, default=360, callback=_minutes, help="Minutes that ranks wait [360].")
 @click.option("--minutes", type=float, callback=_minutes, help="End after so long, between shards, epochs or scores.")
 @SET
-def work(profile, nproc, timeout, minutes, set):
+def work(profile, nproc, minutes, set):
     """Compute what a profile's notebooks will ask for, as one rank or as several."""
     from dgutils.pipeline import parameters, ranks
     from dgutils.pipeline.work import work
 
     overrides = parameters.parse_overrides(set)
     if nproc is None:
-        return work(profile, overrides, timeout, minutes)
+        return work(profile, overrides, minutes)
     parameters.load(profile, overrides)  # what is wrong with them is said before any rank starts
-    again = ["-m", "dgutils", "work", "--profile", profile, "--timeout", str(timeout)]
-    again += ["--minutes", str(minutes)] if minutes else []
+    again = ["-m", "dgutils", "work", "--profile", profile, *(["--minutes", str(minutes)] if minutes else [])]
     ranks.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
 
 

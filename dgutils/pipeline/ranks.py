@@ -28,7 +28,7 @@ from dgutils.errors import UserError
 from dgutils.paths import cores, torchrun_ranks
 
 MAX_RESTARTS = 3  # of the group, before a failure counts
-TIMEOUT = 360.0  # minutes that ranks wait for each other: longer than any shard takes
+PATIENCE = timedelta(hours=6)  # after which a rank that others wait for counts as lost: longer than any shard takes
 
 
 class LostContact(RuntimeError):
@@ -170,11 +170,11 @@ def alone():
 
 
 @contextmanager
-def join(timeout: float = TIMEOUT, minutes: float | None = None) -> Iterator[Group]:
+def join(minutes: float | None = None) -> Iterator[Group]:
     """Within this block the process is one of torchrun's ranks; without torchrun, a group of one.
 
-    timeout: minutes after which a rank that the others wait for counts as lost. minutes: after which nothing new is
-    begun (None: no limit). More ranks than GPUs share them: what a small network leaves idle, another rank uses.
+    minutes: after which nothing new is begun (None: no limit). More ranks than GPUs share them: what a small network
+    leaves idle, another rank uses.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     if (world := torchrun_ranks()) <= 1:
@@ -190,9 +190,8 @@ def join(timeout: float = TIMEOUT, minutes: float | None = None) -> Iterator[Gro
         torch.cuda.set_device(local_rank % gpus)
         if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:  # NCCL refuses ranks that share one
             backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout)))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=timeout),
-                            device_id=device)
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE, device_id=device)
     key = [secrets.token_hex(8)]
     dist.broadcast_object_list(key)
     with _as(Group(rank, world, rank == 0, deadline, store, key[0])) as joined:
