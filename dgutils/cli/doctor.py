@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -70,14 +69,9 @@ def check_disk(values):
 
 
 def check_folder(profile):
-    runs = runs_dir(profile)
-    place = next(path for path in (runs, *runs.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return f"{runs} can be written"
-    except OSError as error:
-        raise Absent(f"{place} ({os.strerror(error.errno).lower()})",
-                     "make it a folder where you can write, or clone elsewhere") from error
+    place = next(path for path in (runs_dir(profile), *runs_dir(profile).parents) if path.exists())
+    return need(place.is_dir() and os.access(place, os.W_OK), f"{place}, where results are written",
+                "make it a folder where you can write, or clone elsewhere")
 
 
 def check_memory():

@@ -113,14 +113,6 @@ def score_rate(p: Parameters) -> float | None:
     return n / min(timeit.repeat(evaluate, number=1, repeat=3))
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words of the right size."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def show(profile: str) -> None:
     """Print the plan of a profile. Runs nothing of it."""
     declared = Declared(profile)
@@ -143,5 +135,5 @@ def show(profile: str) -> None:
     print(f"\nIn all: {total['score']:,} score network evaluations, {gradients:,} gradients of log r, "
           f"{total['train']:,} passes through a head in training, at most {disk / 1e9:.2f} GB of disk.")
     if rate := score_rate(declared.parameters):
-        print(f"The score network alone takes about {duration(total['score'] / rate)} on {provenance()['device']}: "
+        print(f"The score network alone takes about {total['score'] / rate / 3600:.2g} h on {provenance()['device']}: "
               f"{rate:.3g} evaluations/s, measured just now.")

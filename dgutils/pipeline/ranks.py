@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.paths import cores, torchrun_ranks
 
 MAX_RESTARTS = 3  # of the group, before a failure counts
@@ -184,8 +184,7 @@ def join(minutes: float | None = None) -> Iterator[Group]:
     import torch
     import torch.distributed as dist
 
-    rank, local_rank, device = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), None
-    backend = "gloo"
+    rank, local_rank, backend, device = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "gloo", None
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(local_rank % gpus)
         if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:  # NCCL refuses ranks that share one
@@ -249,8 +248,7 @@ def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTAR
     The cores are divided among the ranks unless OMP_NUM_THREADS says otherwise. Raises UserError with the one
     reason if they fail for good, KeyboardInterrupt on Ctrl-C. Call it in a process that does nothing else.
     """
-    if nproc < 1:
-        raise UserError(f"NPROC is {nproc}: start at least 1 rank")
+    require(nproc > 0, f"NPROC is {nproc}: start at least 1 rank")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
