@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dgutils.paths import cores, environment
+from dgutils.paths import cores, inherited
 
 
 def log_line(line: str) -> None:
@@ -48,7 +48,7 @@ def revision_of(root: Path) -> str | None:
     def git(*arguments):
         command = ["git", "--no-optional-locks", "-C", root, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True,
-                              env=environment() | {"LC_ALL": "C"}).stdout.strip()  # fmt: skip
+                              env=inherited() | {"LC_ALL": "C"}).stdout.strip()  # fmt: skip
 
     try:
         if not root.samefile(git("rev-parse", "--show-toplevel")):

@@ -126,22 +126,26 @@ def torchrun_ranks() -> int:
     return int(os.environ["WORLD_SIZE"]) if complete else 0
 
 
-def environment() -> dict[str, str]:
-    """The environment in which we work, and all that we start, without what the account set for other programs.
+def inherited() -> dict[str, str]:
+    """This process's environment without what the account set for other programs, and without our empty variables."""
+    ours = {"HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"}  # libraries read them, too
+    return {name: text for name, text in os.environ.items()
+            if not name.startswith(ACCOUNT) and (text.strip() or name not in ours)}
 
-    Of variables, `ACCOUNT` and our empty ones are dropped; of files, matplotlib's configuration, IPython's, nbconvert's
-    templates and TeX's are hidden. Texts are UTF-8 whatever the locale. Unless the user says how, a thread that waits
+
+def environment() -> dict[str, str]:
+    """The environment in which we work, and all that we start: `inherited`, and the account's files are hidden.
+
+    These are matplotlib's configuration, IPython's, nbconvert's templates and TeX's. Texts are UTF-8 whatever the locale. Unless the user says how, a thread that waits
     gives its core away after microseconds: OpenMP's milliseconds of spinning cost a run beside other work ten times
     what they save it alone. Raises UserError for a number of threads that is none: each process would complain of it.
     """
-    threads, empty = said("OMP_NUM_THREADS"), {"HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"}  # libraries read them, too
-    require(re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads or "1"),
+    threads = said("OMP_NUM_THREADS") or "1"
+    require(re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads),
             f"OMP_NUM_THREADS={threads}: give a number of threads, such as {cores()}, or unset it")
-    kept = {name: text for name, text in os.environ.items()
-            if not name.startswith(ACCOUNT) and (text.strip() or name not in empty)}
     calm = {} if said("OMP_WAIT_POLICY") or said("GOMP_SPINCOUNT") else {"GOMP_SPINCOUNT": "1000"}
     ours = repo_root() / ".account"  # directly below a folder that exists: else IPython takes a temporary one
-    return kept | calm | dict.fromkeys(("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG"), str(ours / "texmf")) | {
+    return inherited() | calm | dict.fromkeys(("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG"), str(ours / "texmf")) | {
         "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours),
         "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
 
