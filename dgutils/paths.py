@@ -136,9 +136,10 @@ def inherited() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """The environment in which we work, and all that we start: `inherited`, and the account's files are hidden.
 
-    These are matplotlib's configuration, IPython's, nbconvert's templates and TeX's. Texts are UTF-8 whatever the locale. Unless the user says how, a thread that waits
-    gives its core away after microseconds: OpenMP's milliseconds of spinning cost a run beside other work ten times
-    what they save it alone. Raises UserError for a number of threads that is none: each process would complain of it.
+    These are matplotlib's configuration, IPython's, nbconvert's templates and TeX's. Texts are UTF-8 whatever the
+    locale. Unless the user says how, a thread that waits gives its core away after microseconds: OpenMP's milliseconds
+    of spinning cost a run beside other work ten times what they save it alone.
+    Raises UserError for a number of threads that is none: each process would complain of it.
     """
     threads = said("OMP_NUM_THREADS") or "1"
     require(re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads),

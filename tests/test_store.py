@@ -583,7 +583,7 @@ def test_revision_is_dirty_by_code_and_not_by_results(tmp_path):
         return subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, text=True,
                               stdout=subprocess.PIPE).stdout.strip().endswith("-dirty")  # fmt: skip
 
-    shutil.copytree(REPO / "dgutils", tmp_path / "dgutils", ignore=shutil.ignore_patterns("assets"))
+    shutil.copytree(REPO / "dgutils", tmp_path / "dgutils", ignore=shutil.ignore_patterns("assets", "__pycache__"))
     (tmp_path / "report/results").mkdir(parents=True)
     result = tmp_path / "report/results/01.json"
     result.write_text("1")
