@@ -89,7 +89,6 @@ CASES = {
     # networks
     "odd image size of a denoiser": (lambda s: network(img_resolution=30), "image size 30 is not divisible by patch_size 4"),
     "odd image size after patching": (lambda s: network(img_resolution=36), "resolution 9 is not divisible by 2"),
-    "unknown encoder": (lambda s: network(encoder_type="dense"), "'dense' is none of standard, residual"),
     "denoiser, other channels": (lambda s: network()(torch.zeros(2, 3, 32, 32), 1.0), r"expected images \[N, .*got \(2, 3, 32, 32\)"),
     "denoiser, one image without batch": (lambda s: network()(torch.zeros(1, 32, 32), 1.0), "expected images"),
     "odd image size of an encoder": (lambda s: network(EncoderUNet, image_size=30), "image_size 30 is not a multiple of 8"),

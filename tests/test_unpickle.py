@@ -83,9 +83,9 @@ def test_reduce_of_os_system(protocol, tmp_path, canary):
     refused(tmp_path, pickle.dumps({"ema": Evil(canary)}, protocol=protocol), "refused: it names")
 
 
-def test_every_refused_name_is_listed(tmp_path, canary):
+def test_the_first_refused_name_is_said(tmp_path, canary):
     data = network(a=call("os", "system", f"touch {canary}"), b=call("shutil", "rmtree", str(canary)))
-    refused(tmp_path, data, r"it names os\.system, shutil\.rmtree, which no network needs")
+    refused(tmp_path, data, r"it names os\.system, which no network needs")
 
 
 @pytest.mark.parametrize("stack_global", [False, True])
@@ -232,7 +232,7 @@ def test_tensors_are_views_inside_their_storage(tmp_path):
         refused(tmp_path, network(a=tensor_program(*outside)), "tensor")
 
 
-@pytest.mark.parametrize("kind", ["vp", "ve"])
+@pytest.mark.parametrize("kind", ["vp", "cond"])
 def test_cut_short_at_any_length(kind, tmp_path):
     data = (FIXTURES / f"edm_{kind}.pkl").read_bytes()
     for length in (0, 1, 2, 100, len(data) // 2, len(data) - 1):
@@ -243,7 +243,7 @@ def test_cut_short_at_any_length(kind, tmp_path):
 
 
 def test_a_snapshot_written_by_the_reference(tmp_path):
-    found = unpickle.read_pickle(FIXTURES / "edm_ve.pkl")
+    found = unpickle.read_pickle(FIXTURES / "edm_cond.pkl")
     assert list(found) == ["ema", "loss_fn", "augment_pipe", "dataset_kwargs"]
     ema = found["ema"]
     assert (ema.class_name, ema.args, ema.kwargs["label_dim"]) == ("EDMPrecond", (), 10)
@@ -254,8 +254,8 @@ def test_a_snapshot_written_by_the_reference(tmp_path):
     assert block.state["skip_scale"] == np.sqrt(0.5)
     assert found["augment_pipe"].kwargs == {"p": 0.12, "xflip": 1e8, "scale": 1}
     tensors = unpickle.state_dict(ema)
-    assert tensors["model.map_noise.freqs"].dtype == torch.float16 and len(tensors) == 153
-    assert load_file(FIXTURES / "edm_pickles.safetensors")["ve.out"].isfinite().all()
+    assert tensors["model.map_layer0.weight"].dtype == torch.float16 and len(tensors) == 149
+    assert load_file(FIXTURES / "edm_pickles.safetensors")["cond.out"].isfinite().all()
 
 
 def test_modules_that_contain_themselves(tmp_path):

@@ -103,11 +103,11 @@ def fetch(profile, name):
 @click.argument("file", nargs=-1, required=True, type=Path)
 def inspect(file):
     """Say what each checkpoint FILE holds; nothing in it is executed."""
-    from dgutils.networks.inspection import inspect
+    from dgutils.networks.checkpoints import look_into
 
     refused = []
     for path in file:
-        print("\n".join(lines := inspect(path)))
+        print("\n".join(lines := look_into(path)))
         refused += [str(path)] * any(line.startswith("REFUSED") for line in lines)
     require(not refused, f"refused, for the reasons above: {', '.join(refused)}")
 

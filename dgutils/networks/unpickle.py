@@ -2,7 +2,7 @@
 
 A pickle is a program for a stack machine, and may call any function of any module. The reader here knows only
 the opcodes and the calls that those files are made of. It never looks a name up: what it builds are numbers,
-text, plain containers, tensors and `Saved` objects. A file that names anything else is refused, with the names.
+text, plain containers, tensors and `Saved` objects. A file that names anything else is refused, with the name.
 """
 
 import io
@@ -13,22 +13,12 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
 
 from dgutils.errors import UserError, require
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name in the file, as inert as the text it is. Called, it is the function of ours that stands for it."""
-
-    module: str
-    name: str
-
-    def __call__(self, *arguments):
-        return _CALLS[self](*arguments) if self in _CALLS else self
 
 
 @dataclass
@@ -108,18 +98,19 @@ def _set(members):
     return set(_keys(members))
 
 
+# What the files may call, and what is called in its place.
 _CALLS = {
-    Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _saved,
-    Global("torch.nn.modules.container", "ModuleDict"): lambda: Saved("ModuleDict"),
-    Global("torch._utils", "_rebuild_parameter"): _parameter,
-    Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    Global("torch.storage", "_load_from_bytes"): _storage,
-    Global("numpy", "dtype"): _dtype,
-    Global("numpy.core.multiarray", "scalar"): _scalar,
-    Global("numpy._core.multiarray", "scalar"): _scalar,  # its name since NumPy 2
-    Global("collections", "OrderedDict"): lambda: {},
-    Global("dnnlib.util", "EasyDict"): lambda: {},  # a dict whose items are attributes too
-    Global("builtins", "set"): _set,
+    "torch_utils.persistence._reconstruct_persistent_obj": _saved,
+    "torch.nn.modules.container.ModuleDict": lambda: Saved("ModuleDict"),
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch.storage._load_from_bytes": _storage,
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,  # its name since NumPy 2
+    "collections.OrderedDict": lambda: {},
+    "dnnlib.util.EasyDict": lambda: {},  # a dict whose items are attributes too
+    "builtins.set": _set,
 }
 _OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE
     BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1
@@ -137,19 +128,14 @@ class _Reader(pickle._Unpickler):
     dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code]
                          for code in (getattr(pickle, name)[0] for name in _OPCODES.split())})  # fmt: skip
 
-    def __init__(self, stream, refused):
-        super().__init__(stream)
-        self.refused = refused  # the unknown names, noted here; reading goes on, to find them all
-
     def find_class(self, module, name):
-        named = Global(module, name)
-        if named not in _CALLS:
-            self.refused.append(f"{module}.{name}")
+        if (named := _CALLS.get(f"{module}.{name}")) is None or "." in name:
+            raise _Refused(f"{module}.{name}")
         return named
 
     def call(self):
         arguments = self.stack.pop()
-        _expect(type(arguments) is tuple and type(self.stack[-1]) is Global, "a call of something that is no name")
+        _expect(type(arguments) is tuple and type(self.stack[-1]) is FunctionType, "a call of what is no name")
         self.stack[-1] = self.stack[-1](*arguments)
 
     def set_items(self, items):
@@ -180,21 +166,16 @@ def read_pickle(path: Path):
 
     Raises UserError if the file is unreadable, cut short, or names anything beyond what network pickles need.
     """
-    refused = []
     try:
-        found = _Reader(io.BytesIO(Path(path).read_bytes()), refused).load()
+        return _Reader(io.BytesIO(Path(path).read_bytes())).load()
     except UserError as error:
         raise UserError(f"{path} refused: the bytes of a tensor in it: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     except _Refused as error:
-        refused.append(str(error))
+        raise UserError(f"{path} refused: it names {error}, which no network needs; nothing of it was run") from error
     except Exception as error:  # a program that does not work fails in a dozen ways
-        if not refused:
-            raise UserError(f"{path} is not a network pickle, or is cut short ({error}): get it again") from error
-    require(not refused, f"{path} refused: it names {', '.join(sorted(set(refused)))}, which no network needs; "
-            "nothing of it was run")  # fmt: skip
-    return found
+        raise UserError(f"{path} is not a network pickle, or is cut short ({error}): get it again") from error
 
 
 def state_dict(module: Saved, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -23,8 +23,6 @@ REGISTRY = Path(__file__).resolve().parent.parent / "assets" / "registry.yaml"
 REHEARSAL = "REHEARSAL"
 DRIVE = "https://drive.google.com/"
 _MAGIC = {".pkl": (b"\x80",), ".pt": (b"PK", b"\x80"), ".npz": (b"PK",)}  # \x80: a pickle; PK: a zip archive
-_PACKED = (("tar", 257, b"ustar"), ("gzip", 0, b"\x1f\x8b"), ("bzip2", 0, b"BZh"), ("xz", 0, b"\xfd7zXZ"),
-           ("7z", 0, b"7z\xbc\xaf"), ("rar", 0, b"Rar!"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,26 +99,16 @@ def _records() -> dict:
         raise UserError(f"{_checksums()} is not JSON ({error}): restore it, or delete it to record anew") from error
 
 
-def packed(path: Path) -> str | None:
-    """What a file is if it is packed and has to be unpacked first, in words; None for others."""
-    with open(path, "rb") as file:
-        start = file.read(262)
-    if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            inside = [name for name in archive.namelist() if Path(name).suffix in _MAGIC and
-                      Path(name).name not in ("data.pkl", "constants.pkl")]  # those are torch's own  # fmt: skip
-        return f"is a zip that holds {', '.join(inside[:3])}" if inside else None
-    return next((f"is a {kind} archive" for kind, at, magic in _PACKED if start[at:].startswith(magic)), None)
-
-
 def _difference(entry: Published, path: Path) -> str | None:
     """What is wrong with a file, in words; None if nothing is known to be."""
     known = {"sha256": entry.sha256} if entry.sha256 else _records().get(entry.file, {})
-    if archive := packed(path):
-        return archive
+    if zipfile.is_zipfile(path):  # as torch's own files are, which hold data.pkl and constants.pkl
+        inside = [Path(name) for name in zipfile.ZipFile(path).namelist()]
+        if packed := [p.name for p in inside if p.suffix in _MAGIC and p.name not in ("data.pkl", "constants.pkl")]:
+            return f"is a zip that holds {', '.join(packed[:3])} and is to be unpacked"
     with open(path, "rb") as file:
-        if not file.read(2).startswith(_MAGIC[Path(entry.file).suffix]):
-            return f"begins like a web page or another format, not like a {Path(entry.file).suffix} file"
+        if not file.read(2).startswith(_MAGIC[path.suffix]):
+            return f"begins like a web page, an archive or another format, not like a {path.suffix} file"
     if (size := path.stat().st_size) != known.get("bytes", size):
         return f"has {size:,} bytes, not the {known['bytes']:,} expected"
     if sha256_of(path) != known.get("sha256", sha256_of(path)):
@@ -152,8 +140,6 @@ def find(name: str) -> Path:
         where = "a file of" if entry.url.startswith(DRIVE) else "from"
         raise UserError(f"{entry.file} is not in {weights_dir()}: run `python -m dgutils fetch {name}`, "
                         f"or download it by hand ({where} {entry.url}) and put it there")
-    if archive := packed(entry.path):
-        raise UserError(f"{entry.path} {archive}: unpack it, and put {entry.file} itself in its place")
     if difference := _difference(entry, entry.path):
         raise UserError(f"{entry.path} {difference}: delete it and fetch it again, or, if you replaced it on "
                         f"purpose, remove its entry from {_checksums()}")
