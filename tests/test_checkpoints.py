@@ -233,22 +233,6 @@ def test_misfits_are_named_with_their_cause(make, fault, folder):
         checkpoints.load_discriminator("uncond")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",
-                                    "_fsdp_wrapped_module._checkpoint_wrapped_module."])  # fmt: skip
-def test_what_wrapped_a_network_is_taken_off_the_names_of_its_tensors(prefix, folder):
-    head = encoder("uncond")
-    save(folder, "uncond", {prefix + k: v for k, v in head.state_dict().items()})
-    loaded = checkpoints.load_discriminator("uncond")
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in head.state_dict().items())
-    assert look_into(folder / "uncond.pt")[-1] == "structure of: uncond"
-
-
-def test_a_part_that_was_compiled_alone_too(folder):
-    state = encoder("uncond").state_dict()
-    save(folder, "uncond", {k.replace("middle_block.", "middle_block._orig_mod."): v for k, v in state.items()})
-    checkpoints.load_discriminator("uncond")
-
-
 def one(value):
     """A change of one number of a tensor."""
     def change(tensor):

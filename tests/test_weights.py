@@ -13,12 +13,9 @@ import os
 import socket
 import threading
 import types
-import zipfile
 
-import numpy as np
 import pytest
 import requests
-import torch
 import yaml
 
 from dgutils.errors import UserError
@@ -294,43 +291,9 @@ def test_the_registry_file_has_only_known_fields():
         assert set(entry) < fields
 
 
-def zipped(path, **files):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name.replace("__", "/").replace("_pt", ".pt").replace("_npz", ".npz"), data)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".pkl", ".npz"])
-@pytest.mark.parametrize("inside", ["net_pt", "drive__weights__net_pt", "a_npz"])
-def test_a_zip_in_the_place_of_a_file_is_to_be_unpacked(folder, monkeypatch, suffix, inside):
-    entry = dataclasses.replace(ENTRY, file=f"net{suffix}")
-    enter(monkeypatch, entry)
-    folder.mkdir()
-    zipped(folder / entry.file, **{inside: CONTENT})
-    with pytest.raises(UserError, match=rf"net{suffix} is a zip that holds .* and is to be unpacked: delete it"):
-        weights.find("net")
-
-
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
 def test_another_archive_in_the_place_of_a_file(folder, pack):
     folder.mkdir()
     (folder / "net.pt").write_bytes(pack(CONTENT))
     with pytest.raises(UserError, match="net.pt begins like a web page, an archive or another format"):
         weights.find("net")
-
-
-def test_a_zip_beside_it_that_holds_the_absent_file_is_named(folder):
-    folder.mkdir()
-    zipped(folder / "other.zip", a_pt=b"")
-    with pytest.raises(UserError, match="net.pt is not in"):
-        weights.find("net")
-    zipped(folder / "drive-download-001.zip", drive__net_pt=CONTENT)
-    with pytest.raises(UserError, match="drive-download-001.zip holds net.pt: unpack it there"):
-        weights.find("net")
-
-
-def test_torch_s_own_zip_is_no_archive_of_weights(folder, tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "net.pt")
-    np.savez(tmp_path / "net.npz", mu=np.ones(2))
-    for name in ("net.pt", "net.npz"):
-        assert weights._difference(ENTRY, tmp_path / name) is None

@@ -7,7 +7,6 @@ What does not fit is named, with the likely cause.
 import functools
 import inspect
 import json
-import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,8 +31,6 @@ _ARCHITECTURES = {"denoiser": Denoiser, "extractor": EncoderUNet, "discriminator
 _NO_ACCOUNT = {"in_channels", "out_channels", "label_dropout"}
 _DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
            "decoder_type": "standard", "resample_filter": [1, 1]}  # fmt: skip
-# What DataParallel, torch.compile and the like put into tensors' names.
-_WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -81,10 +78,7 @@ def read_edm(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pt file, by the names that they had before torch.compile and the like wrapped the network.
-
-    Raises UserError if it is refused, unreadable or more than a state dict.
-    """
+    """The tensors of a .pt file. Raises UserError if it is refused, unreadable or more than a state dict."""
     try:
         found = load_weights_only(path)
     except UserError as error:
@@ -93,8 +87,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         holds = f"a dict of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path} is not a state dict but {holds}: a training checkpoint? save its network's "
                         "state_dict() alone")
-    plain = {_WRAPPERS.sub("", str(key)): value for key, value in found.items()}
-    return plain if len(plain) == len(found) else found
+    return found
 
 
 def fault(tensors: dict[str, torch.Tensor]) -> str | None:

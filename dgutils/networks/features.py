@@ -48,24 +48,27 @@ def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu")
     return as_features(np.concatenate(features))
 
 
-def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a published space (see `metric_name`)."""
-    images = as_images(images, (1, 3))
+def image_features(images, space: str = DEFAULT_SPACE, batch_size: int | None = None, device="cpu") -> np.ndarray:
+    """Features float32 [N,d] of images uint8 [N,H,W,C].
+
+    space: a published one, for 1 or 3 channels (see `metric_name`), or an extractor's name, whose features are averaged
+    over positions.
+    """
     on_device(device)
-    if space == "inception":
-        encode = _inception(weights.find("inception"), device)  # [B,2048]
-    else:
-        encode = _efficientnet_lite0(_resolution(space), device)  # [B,1280]
-    return extract(images, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, device=device)
-
-
-def encode(images: np.ndarray, space: str, device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] in a published space, or of an extractor (its name), averaged over positions."""
     if published(space):
-        return image_features(images, space, device=device)
-    extractor = checkpoints.load_feature_extractor(space).to(device)
-    now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
-    return extract(images, lambda x: extractor.features(x, now).mean((2, 3)), 250, device=device)
+        images, usual = as_images(images, (1, 3)), 16
+        network = (_inception(weights.find("inception"), device) if space == "inception"  # [B,2048]
+                   else _efficientnet_lite0(_resolution(space), device))  # [B,1280]
+
+        def encode(x):
+            return network(x.expand(-1, 3, -1, -1))
+    else:
+        extractor, usual = checkpoints.load_feature_extractor(space).to(device), 250
+        now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
+
+        def encode(x):
+            return extractor.features(x, now).mean((2, 3))
+    return extract(images, encode, usual if batch_size is None else batch_size, device)
 
 
 def _resolution(space: str) -> int:

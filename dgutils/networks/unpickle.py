@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
 
-import numpy as np
 import torch
 
 from dgutils.errors import UserError, require
@@ -56,14 +55,6 @@ def _saved(meta):
     return Saved(meta["class_name"], args, kwargs, state)
 
 
-def _storage(data):
-    """The bytes that torch.save made of one tensor's numbers."""
-    _expect(type(data) is bytes, "a tensor without bytes")
-    storage = load_weights_only(io.BytesIO(data))
-    _expect(type(storage) is torch.storage.TypedStorage, "tensor bytes that hold something else")
-    return storage
-
-
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None):
     """A view of a storage, copied; it must lie inside, and hold no more elements than the storage does."""
     _expect(type(storage) is torch.storage.TypedStorage and type(size) is type(stride) is tuple
@@ -77,43 +68,23 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None):
     return torch.empty(0, dtype=dtype).set_(data, offset, size, stride).clone(memory_format=torch.contiguous_format)
 
 
-def _parameter(tensor, requires_grad=False, hooks=None):
-    _expect(type(tensor) is torch.Tensor, "a parameter without tensor")
-    return tensor
-
-
-def _dtype(text, align=False, copy=True):
-    _expect(type(text) is str and re.fullmatch("b1|[iuf][1248]", text), "a NumPy type other than of numbers")
-    return np.dtype(text)
-
-
-def _scalar(dtype, data):
-    """A NumPy number, as Python's own."""
-    _expect(type(data) is bytes and isinstance(dtype, np.dtype) and len(data) == dtype.itemsize, "a broken number")
-    return np.frombuffer(data, dtype)[0].item()
-
-
-def _set(members):
-    _expect(type(members) is list, "a set without members")
-    return set(_keys(members))
-
-
 # What the files may call, and what is called in its place.
 _CALLS = {
     "torch_utils.persistence._reconstruct_persistent_obj": _saved,
     "torch.nn.modules.container.ModuleDict": lambda: Saved("ModuleDict"),
-    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter": lambda tensor, requires_grad=False, hooks=None: tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch.storage._load_from_bytes": _storage,
-    "numpy.dtype": _dtype,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray.scalar": _scalar,  # its name since NumPy 2
+    "torch.storage._load_from_bytes": lambda data: load_weights_only(io.BytesIO(data)),
+    # What no network's tensors or options depend on: NumPy's numbers become None, and sets lists.
+    "numpy.dtype": lambda name, align, copy: Saved("dtype"),
+    "numpy.core.multiarray.scalar": lambda dtype, data: None,
+    "numpy._core.multiarray.scalar": lambda dtype, data: None,  # its name since NumPy 2
+    "builtins.set": lambda members: members,
     "collections.OrderedDict": lambda: {},
     "dnnlib.util.EasyDict": lambda: {},  # a dict whose items are attributes too
-    "builtins.set": _set,
 }
 _OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE
-    BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1
+    BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1
     TUPLE2 TUPLE3 APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL"""
 
 
@@ -142,21 +113,15 @@ class _Reader(pickle._Unpickler):
         _expect(type(self.stack[-1]) is dict, "items for a dict that is none")
         self.stack[-1].update(zip(_keys(items[::2]), items[1::2], strict=True))
 
-    def add_items(self):
-        items = self.pop_mark()
-        _expect(type(self.stack[-1]) is set, "items for a set that is none")
-        self.stack[-1].update(_keys(items))
-
     def build(self):
         state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is Saved:
-            _expect(type(state) is dict, "an object without attributes")
+        _expect(type(target) is Saved and type(state) in (dict, tuple), "attributes for something that has none")
+        if type(state) is dict:  # a tuple says how a NumPy type orders its bytes
             target.state.update(state)
-        else:  # a NumPy type's byte order is all that else has a state here
-            _expect(isinstance(target, np.dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)),
-                    "attributes for something that has none")  # fmt: skip
 
-    dispatch |= {pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build, pickle.ADDITEMS[0]: add_items,
+    dispatch |= {pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build,
+                 pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
+                 pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
                  pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
                  pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark())}  # fmt: skip
 

@@ -8,7 +8,6 @@ used, and enforced from then on. A folder with a file REHEARSAL holds random sta
 import functools
 import json
 import os
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +101,6 @@ def _records() -> dict:
 def _difference(entry: Published, path: Path) -> str | None:
     """What is wrong with a file, in words; None if nothing is known to be."""
     known = {"sha256": entry.sha256} if entry.sha256 else _records().get(entry.file, {})
-    if zipfile.is_zipfile(path):  # as torch's own files are, which hold data.pkl and constants.pkl
-        inside = [Path(name) for name in zipfile.ZipFile(path).namelist()]
-        if packed := [p.name for p in inside if p.suffix in _MAGIC and p.name not in ("data.pkl", "constants.pkl")]:
-            return f"is a zip that holds {', '.join(packed[:3])} and is to be unpacked"
     with open(path, "rb") as file:
         if not file.read(2).startswith(_MAGIC[path.suffix]):
             return f"begins like a web page, an archive or another format, not like a {path.suffix} file"
@@ -134,12 +129,9 @@ def find(name: str) -> Path:
     """The file of `name`, checked. Raises UserError if it is absent or altered, saying how to get it."""
     entry = published(name)
     if not entry.path.is_file():
-        for archive in filter(zipfile.is_zipfile, weights_dir().glob("*.zip")):
-            if entry.file in [Path(inside).name for inside in zipfile.ZipFile(archive).namelist()]:
-                raise UserError(f"{archive} holds {entry.file}: unpack it there, so that it is {entry.path}")
         where = "a file of" if entry.url.startswith(DRIVE) else "from"
         raise UserError(f"{entry.file} is not in {weights_dir()}: run `python -m dgutils fetch {name}`, "
-                        f"or download it by hand ({where} {entry.url}) and put it there")
+                        f"or download it by hand ({where} {entry.url}), unpack what is packed, and put it there")
     if difference := _difference(entry, entry.path):
         raise UserError(f"{entry.path} {difference}: delete it and fetch it again, or, if you replaced it on "
                         f"purpose, remove its entry from {_checksums()}")
