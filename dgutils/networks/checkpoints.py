@@ -1,7 +1,7 @@
 """Networks from files: the shipped ones with their model cards, the published ones in their authors' formats.
 
 Nothing of a file is run: EDM's pickles go through `unpickle`, state dicts through torch's `weights_only` reader.
-What does not fit is named, with the likely cause.
+What does not fit is named.
 """
 
 import functools
@@ -110,36 +110,19 @@ def _shapes(kind: str, config: dict) -> dict[str, list[int]]:
         return {k: list(v.shape) for k, v in _ARCHITECTURES[kind](**config).state_dict().items()}
 
 
-def fitting(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """The published networks that have tensors of just these names and shapes, for any number of classes."""
-
-    def compared(shapes):
-        return {k: shape[1:] if k == "label_emb.weight" else shape for k, shape in shapes.items()}
-
-    found = compared({k: list(v.shape) for k, v in tensors.items()})
-    return [e.name for e in weights.registry().values() if e.config and compared(_shapes(e.kind, e.config)) == found]
-
-
 def _difference(found: dict, expected: dict) -> str:
     """Where two dictionaries differ first, and in how many places more; "" if they are equal."""
-    first, *more = [key for key in expected | found if found.get(key) != expected.get(key)] or [None]
-    if first is None:
-        return ""
-    text = f"{first} is {found.get(first, 'absent')}, not {expected.get(first, 'absent')}"
-    return f"{text}, and {len(more)} more" if more else text
+    keys = [key for key in expected | found if found.get(key) != expected.get(key)]
+    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{keys[0]} is {found.get(keys[0], 'absent')}, not {expected.get(keys[0], 'absent')}{more}" if keys else ""
 
 
 def _check(entry: Published, config: dict, tensors: dict[str, torch.Tensor], options: dict) -> None:
     """Raise UserError for options and tensors that differ from the entry's, or that no training leaves."""
     difference = _difference({key: options.get(key, value) for key, value in config.items()}, config) or \
         _difference({key: list(value.shape) for key, value in tensors.items()}, _shapes(entry.kind, config))
-    if difference:
-        fits = fitting(tensors)
-        cause = (f"it has the structure of {' or '.join(fits)} ({weights.published(fits[0]).what}): was one file put "
-                 "in the other's place?" if fits else "it fits no network of the registry: get the file again")
-        raise UserError(f"{entry.path} is not the {entry.what}: {difference}; {cause}")
-    if what := fault(tensors):
-        raise UserError(f"{entry.path} refused: {what}: get the file again")
+    require(not difference, f"{entry.path} is not the {entry.what}: {difference}: get the file again")
+    require(not (what := fault(tensors)), f"{entry.path} refused: {what}: get the file again")
 
 
 def model_card(name: str) -> dict:
@@ -284,6 +267,5 @@ def look_into(path: Path) -> list[str]:
     kinds = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))
     lines += [*(f"{key}: {value}" for key, value in options.items()),
               f"{sum(v.numel() for v in tensors.values()):,} numbers in {len(tensors)} tensors, {kinds}",
-              *(shapes if len(shapes) <= 6 else [*shapes[:3], "  ...", *shapes[-3:]]),
-              f"structure of: {', '.join(fitting(tensors)) or 'no network of the registry'}"]
+              *(shapes if len(shapes) <= 6 else [*shapes[:3], "  ...", *shapes[-3:]])]
     return lines + ([f"REFUSED: {what}"] if (what := fault(tensors)) else [])

@@ -49,26 +49,22 @@ def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu")
 
 
 def image_features(images, space: str = DEFAULT_SPACE, batch_size: int | None = None, device="cpu") -> np.ndarray:
-    """Features float32 [N,d] of images uint8 [N,H,W,C].
+    """Features float32 [N,d] of images uint8 [N,H,W,C], `batch_size` at a time (None: 16; by an extractor 250).
 
     space: a published one, for 1 or 3 channels (see `metric_name`), or an extractor's name, whose features are averaged
     over positions.
     """
     on_device(device)
-    if published(space):
-        images, usual = as_images(images, (1, 3)), 16
-        network = (_inception(weights.find("inception"), device) if space == "inception"  # [B,2048]
-                   else _efficientnet_lite0(_resolution(space), device))  # [B,1280]
-
-        def encode(x):
-            return network(x.expand(-1, 3, -1, -1))
-    else:
-        extractor, usual = checkpoints.load_feature_extractor(space).to(device), 250
+    if batch_size is None:
+        batch_size = 16 if published(space) else 250
+    if not published(space):
+        extractor = checkpoints.load_feature_extractor(space).to(device)
         now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
-
-        def encode(x):
-            return extractor.features(x, now).mean((2, 3))
-    return extract(images, encode, usual if batch_size is None else batch_size, device)
+        return extract(images, lambda x: extractor.features(x, now).mean((2, 3)), batch_size, device)
+    images = as_images(images, (1, 3))
+    network = (_inception(weights.find("inception"), device) if space == "inception"  # [B,2048]
+               else _efficientnet_lite0(_resolution(space), device))  # [B,1280]
+    return extract(images, lambda x: network(x.expand(-1, 3, -1, -1)), batch_size, device)
 
 
 def _resolution(space: str) -> int:

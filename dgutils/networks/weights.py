@@ -171,15 +171,6 @@ def _download(entry: Published, target: Path) -> None:
     gdown.download(**source, output=str(target), resume=True, use_cookies=False, retries=3, timeout=60)
 
 
-def _reason(error: Exception) -> str:
-    """Why a file was not fetched, on one line: the system's own words, if it is the system that refused first."""
-    first = error
-    while first.__context__:
-        first = first.__context__
-    words = first.strerror if isinstance(first, OSError) and first.strerror else error
-    return " ".join(str(words).split())[:200]
-
-
 def fetch(names: Iterable[str]) -> None:
     """Bring the named files into the weights folder: resumed, verified, renamed when whole.
 
@@ -199,8 +190,12 @@ def fetch(names: Iterable[str]) -> None:
         except UserError:
             raise
         except Exception as error:  # gdown's, requests' and the system's are a dozen types; all mean: not fetched
-            raise UserError(f"cannot fetch {entry.file} ({_reason(error)}): run the same command again to go on, or "
-                            f"delete {partial.parent} to begin anew, or download it by hand from {entry.url} to "
+            first = error
+            while first.__context__:  # the system's own words, if it is the system that refused first
+                first = first.__context__
+            reason = str(getattr(first, "strerror", None) or error)[:200]
+            raise UserError(f"cannot fetch {entry.file} ({reason}): run the same command again to go on, or delete "
+                            f"{partial.parent} to begin anew, or download it by hand from {entry.url} to "
                             f"{entry.path}") from error
         if difference:
             partial.unlink()
