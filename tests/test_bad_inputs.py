@@ -175,7 +175,7 @@ CASES = {
     "labels that are no classes": (lambda s: metrics.calibration_error([0.1], [2]), "labels 0 .fake. or 1 .real."),
     "images to score in [0, 1]": (lambda s: image_features(IMAGES / 255, "inception"), "uint8"),
     "images to score with two channels": (lambda s: image_features(np.zeros((2, 32, 32, 2), np.uint8)), "1 or 3 channels"),
-    "unknown feature space": (lambda s: image_features(IMAGES, "vgg"), "unknown feature space 'vgg': use 'inception'"),
+    "unknown feature space": (lambda s: image_features(IMAGES, "efficientnet-b0"), "unknown feature space 'efficientnet-b0': use 'inception'"),
     "scores of other seeds": (lambda s: tiny_scores(s, 0).minus(tiny_scores(s, 8)), "other seeds or spaces"),
     # records and artifacts
     "config with NaN": (lambda s: s.artifact("train", 1, {"rate": NAN}), "train.config.rate is nan"),
@@ -244,7 +244,7 @@ COMMANDS = {
     "recipe that there is not": (["train-score", "imagenet"], "no recipe 'imagenet' .*there are"),
     "nothing to join": (["train-score", "fashion-mnist-edm", "--join", "{tmp}"], "fashion-mnist-edm.json is absent: it belongs to"),
     "folder that is a file": (["train-extractor", "fashion-mnist-adm", "--out", "{tmp}/file"], "{tmp}/file"),
-    "threads in words": (["train-score", "fashion-mnist-edm", "--threads", "all"], "'all' is not a valid integer"),
+    "minutes in words": (["train-score", "fashion-mnist-edm", "--minutes", "all"], "'all' is not a valid float"),
     "profile that is a folder of somebody": (["keep", "--profile", "/"], "profile '/': a name is one word"),
     "profile with results below": (["plan", "--profile", "../results/cifar10"], "a name is one word of a-z, 0-9"),
     "profile of two words": (["plan", "--profile", "my profile"], "a name is one word"),

@@ -124,16 +124,15 @@ def doctor(profile):
 @command
 @click.argument("name")
 @click.option("--out", type=Path, help="Folder of checkpoint and result [runs/networks].")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all].")
 @click.option("--minutes", type=float, callback=_minutes, help="Train so long, whatever the recipe's images.")
 @click.option("--parts", is_flag=True, help="Write the weights in parts of 15 MiB, too.")
 @click.option("--join", type=Path, metavar="FOLDER", help="Only put the parts in FOLDER together, checked.")
-def train_score(name, out, threads, minutes, parts, join):
+def train_score(name, out, minutes, parts, join):
     """Train the network of a recipe, dgutils/assets/NAME.yaml; resumes."""
     from dgutils.networks import pretrain
 
     out = out or repo_root() / "runs" / "networks"
-    path = pretrain.join(name, join, out) if join else pretrain.train_network(name, out, threads, minutes=minutes)
+    path = pretrain.join(name, join, out) if join else pretrain.train_network(name, out, minutes=minutes)
     if parts:
         pretrain.write_parts(path, out)
     finished = json.loads(path.with_suffix(".json").read_text())["finished"]

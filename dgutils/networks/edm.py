@@ -158,17 +158,11 @@ class UNetBlock(nn.Module):
         return x
 
 
-class PositionalEmbedding(nn.Module):
-    """Sines and cosines of the noise label at `channels / 2` frequencies from 1 to 1/10000."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.half = channels // 2
-
-    def forward(self, label):
-        steps = torch.arange(self.half, dtype=label.dtype, device=label.device)
-        angle = label[:, None] * 1e-4 ** (steps / (self.half - 1))
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
+def positional_embedding(label, channels):
+    """Sines and cosines of noise labels [N] at `channels / 2` frequencies from 1 to 1/10000: [N, channels]."""
+    steps = torch.arange(channels // 2, dtype=label.dtype, device=label.device)
+    angle = label[:, None] * 1e-4 ** (steps / (channels // 2 - 1))
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class SongUNet(nn.Module):
@@ -186,7 +180,6 @@ class SongUNet(nn.Module):
         emb = channel_mult_emb * model_channels
         widths = [model_channels * m for m in channel_mult]
         levels = [(img_resolution >> level, width) for level, width in enumerate(widths)]
-        self.map_noise = PositionalEmbedding(model_channels)
         self.map_label = Linear(label_dim, model_channels) if label_dim else None
         # Augmentation labels are zero when sampling; the layer is here because the published weights hold it.
         self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
@@ -224,7 +217,7 @@ class SongUNet(nn.Module):
         self.dec[f"{res}x{res}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
 
     def forward(self, x, noise_label, class_labels=None):
-        emb = self.map_noise(noise_label)
+        emb = positional_embedding(noise_label, self.map_layer0.in_features)
         if self.map_label is not None:
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))

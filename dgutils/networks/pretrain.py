@@ -194,8 +194,8 @@ def _finite(name: str, losses: list[torch.Tensor], step: int) -> float:
     return float(np.mean(values))
 
 
-def train_network(name: str, out_dir: Path, threads: int | None = None, save_minutes: float = 5.0,
-                  minutes: float | None = None, device: torch.device | None = None,
+def train_network(name: str, out_dir: Path, save_minutes: float = 5.0, minutes: float | None = None,
+                  device: torch.device | None = None,
                   saved: Callable[[Path], None] = lambda weights: None) -> Path:  # fmt: skip
     """Train the network of recipe `name`; returns the path of the weights.
 
@@ -212,8 +212,6 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     """
     began = last_save = time.monotonic()
     require(minutes is None or 0 < minutes < math.inf, f"{minutes} minutes: give a number above 0")
-    require(threads is None or threads >= 1, f"{threads} threads: give at least 1")
-    torch.set_num_threads(threads or torch.get_num_threads())
     recipe, device = load_recipe(name), device or default_device()
     training, loss_of, on_gpu = recipe["training"], LOSSES[recipe["architecture"]], device.type == "cuda"
     torch.backends.cudnn.benchmark |= on_gpu  # the fastest convolutions, found by trying
