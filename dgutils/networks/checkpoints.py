@@ -176,6 +176,10 @@ def _read(entry: Published) -> tuple[dict, dict[str, torch.Tensor]]:
 
 @functools.cache
 def _load(name: str, kind: str):
+    """The network `name`, shipped or published, frozen, float32.
+
+    Raises UserError if it is absent, altered, refused or another network.
+    """
     entry = _entry(name, kind)
     config, tensors = _read(entry)
     network = _ARCHITECTURES[kind](**config)
@@ -183,22 +187,9 @@ def _load(name: str, kind: str):
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def load_denoiser(name: str) -> Denoiser:
-    """The score network `name`, shipped or published, frozen, float32.
-
-    Raises UserError if it is absent, altered, refused or another network.
-    """
-    return _load(name, "denoiser")
-
-
-def load_feature_extractor(name: str) -> EncoderUNet:
-    """The noise-conditional feature extractor `name`, frozen, float32. Raises UserError likewise."""
-    return _load(name, "extractor")
-
-
-def load_discriminator(name: str) -> EncoderUNet:
-    """The published discriminator `name`: its head (class-conditional: `label_emb`), frozen, float32. Likewise."""
-    return _load(name, "discriminator")
+load_denoiser = functools.partial(_load, kind="denoiser")
+load_feature_extractor = functools.partial(_load, kind="extractor")
+load_discriminator = functools.partial(_load, kind="discriminator")  # its head; class-conditional with `label_emb`
 
 
 def clock(name: str) -> str:
