@@ -107,7 +107,7 @@ class GroupNorm(nn.GroupNorm):
         else:
             y = super().forward(x)
         if adapt:
-            scale, shift = (part[:, :, None, None] for part in adapt)
+            scale, shift = (part[:, :, None, None].to(y.dtype) for part in adapt)
             y = torch.addcmul(shift, y, 1 + scale)
         return F.silu(y) if silu else y
 
