@@ -134,6 +134,13 @@ def test_tensor_bytes_that_are_a_plain_pickle(tmp_path, canary):
     refused(tmp_path, network(ema=nested), "bytes of a tensor in it")
 
 
+def test_functions_that_tensor_bytes_hold_are_not_called(tmp_path):
+    bare = torch_bytes([]).replace(b"\x80\x02]q\x00.", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n.", 1)
+    assert unpickle.load_weights_only(io.BytesIO(bare)) is torch._utils._rebuild_tensor_v2
+    program = call("torch.storage", "_load_from_bytes", binbytes(bare)) + b"(" + text("x") + b"tR"
+    refused(tmp_path, network(ema=program), "a call of no name")
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_pt_files_are_read_with_weights_only(legacy, tmp_path, canary, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what a hurried user may have set
