@@ -174,7 +174,7 @@ def training_curves(histories: dict, chance: float) -> Figure:
             ax.axhline(nothing, **FINE)
             ax.axvline(best, color="0.75", linewidth=2.5, zorder=0)
             curves(ax, table["epoch"], {"training": table[f"train_{quantity}"], "validation": table[f"val_{quantity}"]},
-                   markevery=max(1, len(history) // 5))
+                   markevery=max(1, len(history) // 5), xlim=(0.5, len(history) + 0.5))
             ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
             ax.tick_params(labelsize=7)
         column[0].set_title(f"{name}\nbest: epoch {best}", fontsize=8, linespacing=1)
