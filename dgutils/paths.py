@@ -7,7 +7,6 @@ folder, since notebooks run in the root (papermill) or in notebooks/ (JupyterLab
 from __future__ import annotations
 
 import os
-import pwd
 import re
 import sys
 from pathlib import Path
@@ -36,29 +35,21 @@ def verbose() -> bool:
     return said("VERBOSE") not in (None, "0")
 
 
-def home() -> Path:
-    """The user's home folder. Raises UserError where there is none, as for a container's user without an entry."""
-    try:
-        return Path(said("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
-    except KeyError:
-        raise UserError("no home folder is known here: set XDG_CACHE_HOME (or HOME) to a folder") from None
-
-
-def folder(name: str, below: Path | None = None) -> Path | None:
-    """The folder that an environment variable names, relative ones below the clone (or `below`); None if unset."""
-    if (text := said(name)) is None:
+def folder(name: str, default: str | None = None, below: Path | None = None) -> Path | None:
+    """The folder that an environment variable names, or the default; relative ones lie below the clone (or `below`)."""
+    if (text := said(name) or default) is None:
         return None
     try:
-        path = home() / text[2:] if text == "~" or text.startswith("~/") else Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
-        raise UserError(f"{name}={text}: nobody's home is called so; write the whole path") from None
+        raise UserError(f"{name}={text}: no such home folder is known here; set {name} to a whole path") from None
     return path if path.is_absolute() else ((below or repo_root()) / path).resolve()
 
 
 def repo_root() -> Path:
     """The clone: the folder with pyproject.toml above this file, or the one that $DGUTILS_ROOT names."""
     clone = next((above for above in Path(__file__).resolve().parents if (above / "pyproject.toml").is_file()), None)
-    root = folder("DGUTILS_ROOT", clone or Path.cwd()) or clone
+    root = folder("DGUTILS_ROOT", below=clone or Path.cwd()) or clone
     require(root, "dgutils is installed apart from its repository: set DGUTILS_ROOT to the clone's folder")
     require(root.is_dir(), f"DGUTILS_ROOT names {root}, which is no folder: name the clone's, or unset it")
     return root.resolve()
@@ -93,7 +84,7 @@ def data_dir() -> Path | None:
 
 def cache_dir() -> Path:
     """Downloads, which all clones of a user share: $XDG_CACHE_HOME/dgutils, or ~/.cache/dgutils."""
-    return (folder("XDG_CACHE_HOME") or home() / ".cache") / "dgutils"
+    return folder("XDG_CACHE_HOME", "~/.cache") / "dgutils"
 
 
 def weights_dir() -> Path:
@@ -101,19 +92,14 @@ def weights_dir() -> Path:
     return folder("DGUTILS_WEIGHTS") or cache_dir() / "weights"
 
 
-def cores(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
-    """The processor cores that this process may use: those it is bound to, or fewer by a quota (cgroup 2)."""
-    bound = getattr(os, "sched_getaffinity", None)  # macOS has none
-    count = len(bound(0)) if bound else os.cpu_count() or 1
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        here = Path(os.path.normpath(f"{mounted}/{line.removeprefix('0::')}"))
-        for group in (here, *here.parents) if line.startswith("0::") else ():
-            try:
-                quota, period = (group / "cpu.max").read_text().split()
-                count = min(count, max(1, int(float(quota) / float(period))))
-            except (OSError, ValueError):  # no such file, or "max"
-                continue
-    return count
+def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The processor cores that this process may use: those it is bound to, or fewer by its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
+    try:
+        quota, period = cpu_max.read_text().split()
+        return min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return count
 
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
