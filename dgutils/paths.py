@@ -102,14 +102,9 @@ def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return count
 
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
-            "TORCHELASTIC_MAX_RESTARTS")  # fmt: skip
-
-
 def torchrun_ranks() -> int:
     """How many processes torchrun started together; 0 without it, also where some of its variables are left over."""
-    complete = said("MASTER_ADDR") and all((said(name) or "").isdigit() for name in TORCHRUN)
-    return int(os.environ["WORLD_SIZE"]) if complete else 0
+    return int(os.environ["WORLD_SIZE"]) if said("TORCHELASTIC_RUN_ID") else 0
 
 
 def inherited() -> dict[str, str]:

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from dgutils.errors import UserError
 from dgutils.networks.adm import EncoderUNet
-from dgutils.paths import TORCHRUN
 from dgutils.pipeline import jobs, ranks
 from dgutils.pipeline.store import Store
 from dgutils.training import sum_gradients
@@ -264,10 +263,9 @@ def rank_files(tmp_path, monkeypatch):
     def at_start(attempt):
         file = tmp_path / f"attempt_{attempt}" / "0" / "error.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        for name in (*TORCHRUN, "MASTER_ADDR"):
-            monkeypatch.setenv(name, "0")
+        monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "1")
-        for name, value in (("RESTART_COUNT", attempt), ("MAX_RESTARTS", 3), ("ERROR_FILE", file)):
+        for name, value in (("RUN_ID", 1), ("RESTART_COUNT", attempt), ("MAX_RESTARTS", 3), ("ERROR_FILE", file)):
             monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
         monkeypatch.setattr(os, "_exit", sys.exit)
         return file

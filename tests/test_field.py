@@ -417,23 +417,20 @@ def test_cores_that_one_may_use(tmp_path, monkeypatch, quota, expected, affinity
     assert paths.cores(tmp_path / "cpu.max") == expected
 
 
-TORCHRUN = {name: "2" for name in paths.TORCHRUN} | {"MASTER_ADDR": "127.0.0.1"}
-
-
 @pytest.mark.parametrize("left", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "many", "RANK": "0"},
-                                  {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, TORCHRUN | {"MASTER_ADDR": ""},
-                                  TORCHRUN | {"MASTER_PORT": "x"}, {"TORCHELASTIC_ERROR_FILE": "/tmp/e"}])
+                                  {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+                                  {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": ""}, {"TORCHELASTIC_ERROR_FILE": "/tmp/e"}])
 def test_leftovers_of_torchrun_mean_one_process(monkeypatch, left):
     from dgutils.pipeline.ranks import join, reporting
 
-    for name in (*TORCHRUN, "TORCHELASTIC_ERROR_FILE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name, text in left.items():
         monkeypatch.setenv(name, text)
     with reporting(), join() as group:
         assert (group.world, paths.torchrun_ranks()) == (1, 0)
-    for name, text in TORCHRUN.items():
-        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert paths.torchrun_ranks() == 2
 
 
