@@ -69,9 +69,8 @@ def image_features(images, space: str = DEFAULT_SPACE, batch_size: int | None = 
 
 def _resolution(space: str) -> int:
     match = re.fullmatch(r"efficientnet-lite0@(\d{1,4})", str(space))
-    if not match or int(match[1]) < 32 or int(match[1]) % 32:
-        raise UserError(f"unknown feature space {space!r}: use 'inception' or 'efficientnet-lite0@<pixels>', "
-                        f"pixels a multiple of 32, such as {DEFAULT_SPACE!r}")
+    require(match and int(match[1]) and int(match[1]) % 32 == 0, f"unknown feature space {space!r}: use 'inception' or "
+            f"'efficientnet-lite0@<pixels>', pixels a multiple of 32, such as {DEFAULT_SPACE!r}")
     return int(match[1])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import nbformat
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.paths import repo_root
 from dgutils.pipeline.parameters import Parameters
 
@@ -20,10 +20,9 @@ def sources(begin: str | tuple[str, ...] = "") -> list[Path]:
     """The numbered notebooks whose names begin so. Raises UserError if there are none."""
     folder = repo_root() / "notebooks"
     every = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not (found := [path for path in every if path.stem.startswith(begin)]):
-        wanted = begin if isinstance(begin, str) else " or ".join(begin)
-        there = ", ".join(path.stem for path in every) or "none"
-        raise UserError(f"no notebook begins with {wanted}: there are {there} in {folder}")
+    found = [path for path in every if path.stem.startswith(begin)]
+    require(found, f"no notebook begins with {begin if isinstance(begin, str) else ' or '.join(begin)}: there are "
+            f"{', '.join(path.stem for path in every) or 'none'} in {folder}")
     return found
 
 
@@ -39,9 +38,8 @@ def read(path: Path) -> nbformat.NotebookNode:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no notebook: {first}: restore it with git") from error
     tagged = _tagged(path, notebook, {"parameters"})
-    if len(tagged) != 1:
-        raise UserError(f"{name} has {len(tagged)} cells with the tag `parameters`: give it to one, in JupyterLab's "
-                        "property inspector")
+    require(len(tagged) == 1, f"{name} has {len(tagged)} cells with the tag `parameters`: give it to one, in "
+            "JupyterLab's property inspector")
     seen = set()
     for line in tagged[0][1].body:
         declared = getattr(getattr(line, "target", None) or getattr(line, "targets", [None])[0], "id", None)
@@ -49,9 +47,8 @@ def read(path: Path) -> nbformat.NotebookNode:
             ast.literal_eval(line.value)
         except (AttributeError, ValueError, TypeError):
             declared = None
-        if declared not in Parameters.model_fields or declared in seen:
-            raise UserError(f"{tagged[0][0]}: {ast.unparse(line)[:60]!r}: write `name: type = value` only, a known "
-                            "parameter, once, and a plain value")
+        require(declared in Parameters.model_fields and declared not in seen, f"{tagged[0][0]}: "
+                f"{ast.unparse(line)[:60]!r}: write `name: type = value` only, a known parameter, once, a plain value")
         seen.add(declared)
     return notebook
 
@@ -89,6 +86,5 @@ def experiment_of(path: Path, values: Mapping[str, Any]):
                             "may use each other only)") from error
         if "parameters" in tags:
             namespace |= values
-    if "experiment" not in namespace:
-        raise UserError(f"notebooks/{path.name} makes no `experiment` in a cell with the tag `setup`")
+    require("experiment" in namespace, f"notebooks/{path.name} makes no `experiment` in a cell with the tag `setup`")
     return namespace["experiment"]

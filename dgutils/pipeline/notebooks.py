@@ -19,7 +19,7 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError
 from traitlets import default
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.files import FULL_DISK, digest_of_file, disk_errors, lock
 from dgutils.paths import figures_dir, repo_root, results_dir, runs_dir, verbose, weights_dir
 from dgutils.pipeline import cells, parameters
@@ -174,8 +174,7 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides
     One that is `unchanged` is not executed again, unless `force`. It prints a line for each notebook when it is done,
     and how many artifacts were found and made.
     """
-    if cell_timeout < 0:
-        raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
+    require(cell_timeout >= 0, f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
     values = parameters.load(profile, overrides)  # what is wrong with them is said before anything runs
     selected = cells.sources(tuple([only] if isinstance(only, str) else only or values.notebooks))
     for source in selected:
