@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import standins
 import torch
@@ -331,18 +330,8 @@ def test_what_is_in_the_other_formats(folder):
     assert look_into(folder / "uncond.pt")[-1] == "  out.2.c_proj.bias [1]"
     shipped = look_into(checkpoints.ASSETS / "fashion-mnist-edm.safetensors")
     assert shipped[1].startswith("recipe: ")
-    np.savez(folder / "stats.npz", mu=np.zeros(3), sigma=np.zeros((3, 3), np.float32))
-    assert look_into(folder / "stats.npz")[1:] == ["  mu [3] float64", "  sigma [3, 3] float32"]
-    np.savez(folder / "evil.npz", mu=np.array([{}], object))
-    assert look_into(folder / "evil.npz")[-1].startswith("REFUSED: Object arrays cannot be loaded")
-    data = bytearray((folder / "stats.npz").read_bytes())
-    directory = data.rindex(b"PK\x01\x02")
-    for damaged in (data.index(b"NUMPY"), directory):  # an array, and the list of arrays
-        (folder / "evil.npz").write_bytes(data[:damaged] + b"????" + data[damaged + 4 :])
-        assert len(look_into(folder / "evil.npz")) == 2 and "REFUSED: " in look_into(folder / "evil.npz")[-1]
-    for name in ("cond.pt", "stats.npz"):
-        (folder / f"short_{name}").write_bytes((folder / name).read_bytes()[:-50])
-        assert look_into(folder / f"short_{name}")[-1].startswith("REFUSED: ")
+    (folder / "short.pt").write_bytes((folder / "cond.pt").read_bytes()[:-50])
+    assert look_into(folder / "short.pt")[-1].startswith("REFUSED: ")
     (folder / "page.pt").write_bytes(b"<html>")
     assert "is not a file of tensors" in look_into(folder / "page.pt")[1]
     (folder / "evil.pkl").write_bytes(b"\x80\x04cos\nsystem\n)R.")

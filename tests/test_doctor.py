@@ -1,7 +1,6 @@
 """The doctor names what is missing and what to do, starts on a bare Python, and downloads nothing."""
 
 import collections
-import os
 import re
 import shutil
 import subprocess
@@ -57,18 +56,6 @@ def test_full_disk(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 20e9))
     assert "20 GB free" in doctor.check_disk({"num_fake": 1})
     assert re.search("about 4[01] GB needed", absent(doctor.check_disk, values)[0])
-
-
-@pytest.mark.parametrize("kind", ["a file in its place", "a folder that refuses"])
-def test_folder_that_cannot_be_written(monkeypatch, tmp_path, kind):
-    monkeypatch.setenv("DGUTILS_ROOT", str(tmp_path))
-    assert doctor.check_folder("quick") == f"{tmp_path}, where results are written"
-    if kind == "a file in its place":
-        (tmp_path / "runs").touch()
-    else:
-        monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
-    what, advice = absent(doctor.check_folder, "quick")
-    assert what.startswith(str(tmp_path)) and "where you can write" in advice
 
 
 def test_little_memory(monkeypatch):
@@ -137,7 +124,7 @@ def test_published_weights(monkeypatch, tmp_path):
 def test_list_has_a_line_for_each_thing_and_its_status_says_whether_all_is_there(capsys, monkeypatch):
     status = doctor.run("smoke")
     lines = re.findall(r"^  (OK|MISSING) +([A-Za-z ]+?)  ", capsys.readouterr().out, re.MULTILINE)
-    assert [name for _, name in lines] == ["Python", "packages", "disk", "folder", "memory", "TeX", "device", "data",
+    assert [name for _, name in lines] == ["Python", "packages", "disk", "memory", "TeX", "device", "data",
                                            "shipped weights", "published weights"]
     assert [name for state, name in lines if state == "MISSING" and name != "TeX"] == []
     assert status == any(state == "MISSING" for state, _ in lines)

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import repo_root, runs_dir
+from dgutils.paths import repo_root
 
 PACKAGE = Path(__file__).resolve().parents[1]
 GB = 1e9
@@ -68,12 +68,6 @@ def check_disk(values):
                 "free some, or clone to a larger disk")
 
 
-def check_folder(profile):
-    place = next(path for path in (runs_dir(profile), *runs_dir(profile).parents) if path.exists())
-    return need(place.is_dir() and os.access(place, os.W_OK), f"{place}, where results are written",
-                "make it a folder where you can write, or clone elsewhere")
-
-
 def check_memory():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
@@ -123,13 +117,13 @@ def check_shipped(values):
 def check_published(profile, values):
     from dgutils.networks import weights
 
-    found = weights.status(weights.mentioned(values))
-    absent = [entry for entry in found if entry.state == "absent"]
-    need(not absent, f"{', '.join(entry.published.name for entry in absent)}: not in {weights.weights_dir()}",
-         f"make fetch PROFILE={profile} ({sum(entry.bytes for entry in absent) / 1e6:,.0f} MB); "
+    found = [weights.published(name) for name in weights.mentioned(values)]
+    absent = [entry for entry in found if not entry.path.is_file()]
+    need(not absent, f"{', '.join(entry.name for entry in absent)}: not in {weights.weights_dir()}",
+         f"make fetch PROFILE={profile} ({sum(entry.megabytes for entry in absent):,.0f} MB); "
          "`make rehearse` runs without them, on random ones")
     standins = ": RANDOM stand-ins, for a rehearsal only" if found and weights.is_rehearsal() else ""
-    names = [weights.find(entry.published.name).name for entry in found]  # refuses one that was altered
+    names = [weights.find(entry.name).name for entry in found]  # refuses one that was altered
     return ", ".join(names) + standins or "the profile uses none"
 
 
@@ -152,7 +146,6 @@ def run(profile="quick"):
 
         values = load(profile).model_dump()
     check("disk", check_disk, values)
-    check("folder", check_folder, profile)
     check("memory", check_memory)
     check("TeX", check_tex)
     if installed:

@@ -116,14 +116,14 @@ def score_rate(p: Parameters) -> float | None:
 def show(profile: str) -> None:
     """Print the plan of a profile. Runs nothing of it."""
     declared = Declared(profile)
-    files = weights.status(weights.mentioned(declared.parameters.model_dump()))
+    files = [weights.published(name) for name in weights.mentioned(declared.parameters.model_dump())]
     print(f"Plan of profile {profile}; nothing is run.\n\nFiles ({weights.weights_dir()})")
     for file in files:
-        print(f"  {file.published.file:<36} {file.bytes / 1e6:8.1f} MB  {file.state}")
+        print(f"  {file.file:<36} {file.megabytes:6.0f} MB  {'here' if file.path.is_file() else 'absent'}")
     if not files:
         print("  none to download: the networks ship with the repository")
-    if absent := [file.bytes for file in files if file.state == "absent"]:
-        print(f"  get these {sum(absent) / 1e6:,.0f} MB with: make fetch PROFILE={profile}")
+    if absent := [file.megabytes for file in files if not file.path.is_file()]:
+        print(f"  get these {sum(absent):,.0f} MB with: make fetch PROFILE={profile}")
     row, total, disk = "{:<67} {:>9} {:>13} {:>11} {:>11} {:>9}", Counter(), 0
     print("\n" + row.format("Steps that are to be made", "images", "score evals", "gradients", "training", "features"))
     for step in steps(declared):

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from dgutils.errors import UserError, require
-from dgutils.files import digest_of_file, write_file
+from dgutils.files import digest_of_file, disk_errors, write_file
 from dgutils.paths import weights_dir
 
 REGISTRY = Path(__file__).resolve().parent.parent / "assets" / "registry.yaml"
@@ -42,15 +42,6 @@ class Published:
     @property
     def path(self) -> Path:
         return weights_dir() / self.file
-
-
-@dataclass(frozen=True)
-class Status:
-    """A file of the registry on this machine; state: absent, verified, unrecorded (its first use), altered."""
-
-    published: Published
-    state: str
-    bytes: int  # on disk; of an absent file: estimated
 
 
 @functools.cache
@@ -118,11 +109,8 @@ def record(name: str) -> None:
         return
     size, digest = entry.path.stat().st_size, sha256_of(entry.path)
     records[entry.file] = {"bytes": size, "sha256": digest, "url": entry.url}
-    try:
+    with disk_errors(weights_dir()):  # of a shared folder links in one of your own will do
         write_file(_checksums(), (json.dumps(records, indent=1, sort_keys=True) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"cannot write {_checksums()} ({error.strerror}): set DGUTILS_WEIGHTS to a folder where you "
-                        "can; links to the files will do") from error
 
 
 def find(name: str) -> Path:
@@ -136,19 +124,6 @@ def find(name: str) -> Path:
         raise UserError(f"{entry.path} {difference}: delete it and fetch it again, or, if you replaced it on "
                         f"purpose, remove its entry from {_checksums()}")
     return entry.path
-
-
-def status(names: Iterable[str]) -> list[Status]:
-    """What is here, and what a fetch would bring. Touches no network."""
-    found = []
-    for entry in map(published, names):
-        if not entry.path.is_file():
-            found.append(Status(entry, "absent", int(entry.megabytes * 1e6)))
-            continue
-        intact = "verified" if entry.sha256 or entry.file in _records() else "unrecorded"
-        state = "altered" if _difference(entry, entry.path) else intact
-        found.append(Status(entry, state, entry.path.stat().st_size))
-    return found
 
 
 def _download(entry: Published, target: Path) -> None:
