@@ -2,7 +2,6 @@
 
 import ast
 import linecache
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,12 @@ def sources(begin: str | tuple[str, ...] = "") -> list[Path]:
 
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook, whose cell of parameters declares names of `Parameters`, by literals. Raises UserError if not."""
-    name, content = f"notebooks/{path.name}", path.read_bytes()
-    if marked := re.search(rb"^(<{7} |={7}$|>{7} )", content, re.M):
-        line = content.count(b"\n", 0, marked.start()) + 1
-        raise UserError(f"{name}, line {line}: a conflict marker of git: finish the merge first")
+    name = f"notebooks/{path.name}"
     try:
-        notebook = nbformat.reads(content.decode(), as_version=4)
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
     except Exception as error:  # nbformat has many of its own
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} is no notebook: {first}: restore it with git") from error
+        raise UserError(f"{name} is no notebook: {first}: finish git's merge, or restore it with git") from error
     tagged = _tagged(path, notebook, {"parameters"})
     require(len(tagged) == 1, f"{name} has {len(tagged)} cells with the tag `parameters`: give it to one, in "
             "JupyterLab's property inspector")
