@@ -40,19 +40,11 @@ def check_python():
                 "install Python 3.11 or newer; then: make test PYTHON=/path/to/it")
 
 
-def pins(text):
-    """(name, version) of every package that a text like requirements.txt wants on this Python and platform."""
-    try:
-        from packaging.markers import Marker
-    except ImportError:  # hardly anything is installed; the pins without a marker will do to say so
-        Marker = None
-    listed = re.findall(r"^([\w.-]+)==([\w.]+)(?: ; (.*?))? \\$", text, re.MULTILINE)
-    return [(name, pin) for name, pin, marker in listed if not marker or Marker and Marker(marker).evaluate()]
-
-
 def check_packages():
+    """The packages that every platform wants are here, in the versions of requirements.txt."""
     found = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in metadata.distributions() if d.name}
-    pinned = pins((repo_root() / "requirements.txt").read_text(encoding="utf-8"))
+    listed = (repo_root() / "requirements.txt").read_text(encoding="utf-8")
+    pinned = re.findall(r"^([\w.-]+)==([\w.]+) \\$", listed, re.MULTILINE)  # others have a marker: " ; python ..."
     wrong = [f"{name} {found.get(name, 'absent')} instead of {pin}" for name, pin in pinned if found.get(name) != pin]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return need(not wrong, ", ".join(wrong[:3]) + more or f"{len(pinned)}, as pinned in requirements.txt",
@@ -105,26 +97,20 @@ def check_data(dataset):
     return f"{dataset}: {train:,} and {test:,} images, checksums right"
 
 
-def check_shipped(values):
+def check_networks(profile, values):
+    """The networks and published files that a profile names are here, and nobody altered them."""
     from dgutils.networks import checkpoints, weights
 
     loaders = {"score_network": checkpoints.load_denoiser, "feature_extractor": checkpoints.load_feature_extractor}
-    shipped = {key: values[key] for key in loaders if values[key] not in weights.registry()}
-    found = [name for key, name in shipped.items() if loaders[key](name)]
-    return f"{', '.join(found)}: here, checksums right" if found else "the profile uses none"
-
-
-def check_published(profile, values):
-    from dgutils.networks import weights
-
-    found = [weights.published(name) for name in weights.mentioned(values)]
-    absent = [entry for entry in found if not entry.path.is_file()]
+    found = [values[key] for key in loaders if values[key] not in weights.registry() and loaders[key](values[key])]
+    published = [weights.published(name) for name in weights.mentioned(values)]
+    absent = [entry for entry in published if not entry.path.is_file()]
     need(not absent, f"{', '.join(entry.name for entry in absent)}: not in {weights.weights_dir()}",
          f"make fetch PROFILE={profile} ({sum(entry.megabytes for entry in absent):,.0f} MB); "
          "`make rehearse` runs without them, on random ones")
-    standins = ": RANDOM stand-ins, for a rehearsal only" if found and weights.is_rehearsal() else ""
-    names = [weights.find(entry.name).name for entry in found]  # refuses one that was altered
-    return ", ".join(names) + standins or "the profile uses none"
+    found += [weights.find(entry.name).name for entry in published]  # refuses one that was altered
+    standins = ": RANDOM stand-ins, for a rehearsal only" if published and weights.is_rehearsal() else ""
+    return f"{', '.join(found)}{standins or ': here, checksums right'}"
 
 
 def run(profile="quick"):
@@ -151,9 +137,8 @@ def run(profile="quick"):
     if installed:
         check("device", check_device)
         check("data", check_data, values["dataset"])
-        check("shipped weights", check_shipped, values)
-        check("published weights", check_published, profile, values)
+        check("networks", check_networks, profile, values)
     else:
-        print("\nDevice, data and weights are checked once the packages are there.")
+        print("\nDevice, data and networks are checked once the packages are there.")
     print(f"\nMissing: {', '.join(missing)}." if missing else "\nNothing is missing.")
     return int(bool(missing))
