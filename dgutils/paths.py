@@ -7,18 +7,11 @@ folder, since notebooks run in the root (papermill) or in notebooks/ (JupyterLab
 from __future__ import annotations
 
 import os
-import pwd
 import re
 import sys
 from pathlib import Path
 
-from dgutils.errors import UserError
-
-# Data set -> its folder in $DGUTILS_DATA, Debian's folder, its folder among torchvision's downloads.
-DATA = {
-    "fashion_mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist", "FashionMNIST/raw"),
-    "cifar10": ("cifar10", None, "cifar-10-batches-py"),
-}
+from dgutils.errors import UserError, require
 
 # What an account may have set for other programs. Here it would change numbers (arithmetic), figures or pages, or
 # break a build: names that begin so are dropped.
@@ -27,8 +20,7 @@ ACCOUNT = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT", "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_CEILING",
     "TEX", "BIB", "BST", "LATEXMK", "max_print_line", "openin_any", "openout_any", "shell_escape", "SOURCE_DATE_EPOCH",
     "TFMFONTS", "T1FONTS", "VFFONTS", "ENCFONTS", "TQDM_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_",
-    "PYTORCH_JIT",
-    "ONEDNN_", "DNNL_", "ATEN_", "NPY_", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
+    "PYTORCH_JIT", "ONEDNN_", "DNNL_", "ATEN_", "NPY_", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
     "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32",
 )  # fmt: skip
 
@@ -43,41 +35,30 @@ def verbose() -> bool:
     return said("VERBOSE") not in (None, "0")
 
 
-def home() -> Path:
-    """The user's home folder. Raises UserError where there is none, as for a container's user without an entry."""
-    try:
-        return Path(said("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
-    except KeyError:
-        raise UserError("no home folder is known here: set XDG_CACHE_HOME (or HOME) to a folder") from None
-
-
-def folder(name: str, below: Path | None = None) -> Path | None:
-    """The folder that an environment variable names, relative ones below the clone (or `below`); None if unset."""
-    text = said(name)
-    if text is None:
+def folder(name: str, default: str | None = None, below: Path | None = None) -> Path | None:
+    """The folder that an environment variable names, or the default; relative ones lie below the clone (or `below`)."""
+    if (text := said(name) or default) is None:
         return None
     try:
-        path = home() / text[2:] if text == "~" or text.startswith("~/") else Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
-        raise UserError(f"{name}={text}: nobody's home is called so; write the whole path") from None
+        raise UserError(f"{name}={text}: no such home folder is known here; set {name} to a whole path") from None
     return path if path.is_absolute() else ((below or repo_root()) / path).resolve()
 
 
 def repo_root() -> Path:
     """The clone: the folder with pyproject.toml above this file, or the one that $DGUTILS_ROOT names."""
     clone = next((above for above in Path(__file__).resolve().parents if (above / "pyproject.toml").is_file()), None)
-    root = folder("DGUTILS_ROOT", clone or Path.cwd()) or clone
-    if root is None:
-        raise UserError("dgutils is installed apart from its repository: set DGUTILS_ROOT to the clone's folder")
-    if not root.is_dir():
-        raise UserError(f"DGUTILS_ROOT names {root}, which is no folder: name the clone's, or unset it")
+    root = folder("DGUTILS_ROOT", below=clone or Path.cwd()) or clone
+    require(root, "dgutils is installed apart from its repository: set DGUTILS_ROOT to the clone's folder")
+    require(root.is_dir(), f"DGUTILS_ROOT names {root}, which is no folder: name the clone's, or unset it")
     return root.resolve()
 
 
 def _of(profile: str, *parts: str) -> Path:
     """A folder of the clone that belongs to a profile. Raises UserError for what is no profile's name."""
-    if not re.fullmatch("[a-z0-9_][a-z0-9_-]*", profile):
-        raise UserError(f"profile {profile!r}: a name is one word of a-z, 0-9, - and _, as in notebooks/profiles")
+    require(re.fullmatch("[a-z0-9_][a-z0-9_-]*", profile),
+            f"profile {profile!r}: a name is one word of a-z, 0-9, - and _, as in notebooks/profiles")
     return repo_root().joinpath(*parts, profile)
 
 
@@ -103,7 +84,7 @@ def data_dir() -> Path | None:
 
 def cache_dir() -> Path:
     """Downloads, which all clones of a user share: $XDG_CACHE_HOME/dgutils, or ~/.cache/dgutils."""
-    return (folder("XDG_CACHE_HOME") or home() / ".cache") / "dgutils"
+    return folder("XDG_CACHE_HOME", "~/.cache") / "dgutils"
 
 
 def weights_dir() -> Path:
@@ -111,69 +92,44 @@ def weights_dir() -> Path:
     return folder("DGUTILS_WEIGHTS") or cache_dir() / "weights"
 
 
-def data_places(dataset: str) -> list[Path]:
-    """The folders in which a data set may lie, whether they exist or not; the first that does is read."""
-    own, debian, cached = DATA[dataset]
-    places = [data_dir() / own] if data_dir() else []
-    places += [Path(debian)] if debian else []
+def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The processor cores that this process may use: those it is bound to, or fewer by its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
     try:
-        return [*places, cache_dir() / "data" / cached]
-    except UserError:  # no home, and none is needed for the others
-        return places
-
-
-def cores(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
-    """The processor cores that this process may use: those it is bound to, or fewer by a quota (cgroup 2)."""
-    bound = getattr(os, "sched_getaffinity", None)  # macOS has none
-    count = len(bound(0)) if bound else os.cpu_count() or 1
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        here = Path(os.path.normpath(f"{mounted}/{line.removeprefix('0::')}"))
-        for group in (here, *here.parents) if line.startswith("0::") else ():
-            try:
-                quota, period = (group / "cpu.max").read_text().split()
-                count = min(count, max(1, int(float(quota) / float(period))))
-            except (OSError, ValueError):  # no such file, or "max"
-                continue
-    return count
-
-
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
-            "TORCHELASTIC_MAX_RESTARTS")  # fmt: skip
+        quota, period = cpu_max.read_text().split()
+        return min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return count
 
 
 def torchrun_ranks() -> int:
     """How many processes torchrun started together; 0 without it, also where some of its variables are left over."""
-    complete = said("MASTER_ADDR") and all((said(name) or "").isdigit() for name in TORCHRUN)
-    return int(os.environ["WORLD_SIZE"]) if complete else 0
+    return int(os.environ["WORLD_SIZE"]) if said("TORCHELASTIC_RUN_ID") else 0
 
 
 def inherited() -> dict[str, str]:
-    """This process's environment less what the account set for other programs (`ACCOUNT`), and our empty variables.
-
-    Raises UserError for a number of threads that is none: each process would complain of it, and take all cores.
-    """
-    threads, ours = said("OMP_NUM_THREADS"), {"HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"}  # libraries read them, too
-    if threads and not re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads):
-        raise UserError(f"OMP_NUM_THREADS={threads}: give a number of threads, such as {cores()}, or unset it")
+    """This process's environment without what the account set for other programs, and without our empty variables."""
+    ours = {"HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS"}  # libraries read them, too
     return {name: text for name, text in os.environ.items()
-            if not name.startswith(ACCOUNT) and (text.strip() or name not in ours)}  # fmt: skip
+            if not name.startswith(ACCOUNT) and (text.strip() or name not in ours)}
 
 
 def environment() -> dict[str, str]:
     """The environment in which we work, and all that we start: `inherited`, and the account's files are hidden.
 
-    These are the configuration of matplotlib, IPython, nbconvert's templates and TeX. Texts are UTF-8
-    whatever the locale. Unless the user says how, a thread that waits for others gives its core away after
-    microseconds: OpenMP's milliseconds of spinning cost a run beside other work ten times what they save it alone.
+    These are matplotlib's configuration, IPython's, nbconvert's templates and TeX's. Texts are UTF-8 whatever the
+    locale. Unless the user says how, a thread that waits gives its core away after microseconds: OpenMP's milliseconds
+    of spinning cost a run beside other work ten times what they save it alone.
+    Raises UserError for a number of threads that is none: each process would complain of it.
     """
+    threads = said("OMP_NUM_THREADS") or "1"
+    require(re.fullmatch("[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", threads),
+            f"OMP_NUM_THREADS={threads}: give a number of threads, such as {cores()}, or unset it")
     calm = {} if said("OMP_WAIT_POLICY") or said("GOMP_SPINCOUNT") else {"GOMP_SPINCOUNT": "1000"}
     ours = repo_root() / ".account"  # directly below a folder that exists: else IPython takes a temporary one
-    return {
-        **inherited(), **calm,
+    return inherited() | calm | dict.fromkeys(("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG"), str(ours / "texmf")) | {
         "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", "MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(ours),
-        "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1",
-        **{name: str(ours / "texmf") for name in ("TEXMFHOME", "TEXMFVAR", "TEXMFCONFIG")},
-    }  # fmt: skip
+        "JUPYTER_DATA_DIR": str(ours / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
 
 
 def settle(*arguments: str) -> None:

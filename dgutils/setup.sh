@@ -54,8 +54,8 @@ pathlib.Path(sysconfig.get_path("purelib"), "dgutils.pth").write_text("../../../
 
 # dgutils.datasets also downloads Fashion-MNIST itself, so that lacking the package is no failure.
 find_data() {
-    here='import sys; from dgutils.paths import data_places; sys.exit(not any(map(lambda place: (
-        place / "train-images-idx3-ubyte.gz").is_file(), data_places("fashion_mnist"))))'
+    here='import sys; from dgutils.sources import places; sys.exit(not any(map(lambda place: (
+        place / "train-images-idx3-ubyte.gz").is_file(), places("fashion_mnist"))))'
     [ -e /usr/share/datasets/fashion-mnist ] || .venv/bin/python -c "$here" 2>/dev/null && return
     command -v apt-get >/dev/null || return 0
     apt_install dataset-fashion-mnist || say 'Fashion-MNIST will be downloaded (or: sudo apt-get install dataset-fashion-mnist)'

@@ -84,7 +84,7 @@ def train(folder: str, seconds: float, number: int) -> dict:
         training["decay_images"] = int(0.4 * steps) * training["batch_size"]
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         begun = time.process_time()
-        pretrain.train_network(name, folder / "out", threads=1)
+        pretrain.train_network(name, folder / "out")
         return time.process_time() - begun
 
     step = (run(f"more{number}", 40) - run(f"few{number}", 10)) / 30  # seconds; evaluation is in both

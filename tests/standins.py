@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,10 +23,17 @@ from dgutils.errors import UserError
 from dgutils.networks import weights
 from dgutils.networks.adm import EncoderUNet
 from dgutils.networks.edm import Denoiser
-from dgutils.networks.unpickle import Global, Saved
+from dgutils.networks.unpickle import Saved
 
 # What the persistent objects of a real file carry as source is the whole module; the stand-ins only name it.
 _SOURCE = "from training.networks import *\n"
+
+
+class Global(NamedTuple):
+    """A name, which is pickled as one."""
+
+    module: str
+    name: str
 
 
 class _PersistencePickler(pickle._Pickler):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,7 @@ from hypothesis import strategies as st
 
 from dgutils.errors import UserError
 from dgutils.networks.adm import EncoderUNet
-from dgutils.paths import TORCHRUN
-from dgutils.pipeline import jobs, launching, ranks
+from dgutils.pipeline import jobs, ranks
 from dgutils.pipeline.store import Store
 from dgutils.training import sum_gradients
 
@@ -120,9 +120,10 @@ def run_out_of_time(folder):
 
 
 def be_a_rank(what, folder, minutes):
-    with launching.reporting():
+    with ranks.reporting():
         tiny.use_tiny_networks(pytest.MonkeyPatch())
-        with ranks.join(float(minutes)):
+        ranks.PATIENCE = timedelta(minutes=float(minutes))
+        with ranks.join():
             globals()[what](Path(folder))
 
 
@@ -147,7 +148,7 @@ def surroundings(monkeypatch):
 
 
 def run(nproc, what, folder, restarts=0, minutes=5.0):
-    launching.run_ranks(nproc, [__file__, what, str(folder), str(minutes)], restarts)
+    ranks.run_ranks(nproc, [__file__, what, str(folder), str(minutes)], restarts)
 
 
 @pytest.fixture(scope="module")
@@ -239,9 +240,9 @@ def test_ctrl_c_stops_all_ranks(tmp_path):
     """As `make` gets it from the terminal: the parent hears it, its ranks live in sessions of their own."""
     code = textwrap.dedent(f"""
         import sys
-        from dgutils.pipeline import launching
+        from dgutils.pipeline import ranks
         try:
-            launching.run_ranks(2, [{__file__!r}, "dawdle", {str(tmp_path)!r}, "5"])
+            ranks.run_ranks(2, [{__file__!r}, "dawdle", {str(tmp_path)!r}, "5"])
         except KeyboardInterrupt:
             sys.exit(130)
     """)
@@ -262,10 +263,9 @@ def rank_files(tmp_path, monkeypatch):
     def at_start(attempt):
         file = tmp_path / f"attempt_{attempt}" / "0" / "error.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        for name in (*TORCHRUN, "MASTER_ADDR"):
-            monkeypatch.setenv(name, "0")
+        monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "1")
-        for name, value in (("RESTART_COUNT", attempt), ("MAX_RESTARTS", 3), ("ERROR_FILE", file)):
+        for name, value in (("RUN_ID", 1), ("RESTART_COUNT", attempt), ("MAX_RESTARTS", 3), ("ERROR_FILE", file)):
             monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
         monkeypatch.setattr(os, "_exit", sys.exit)
         return file
@@ -283,12 +283,12 @@ def rank_files(tmp_path, monkeypatch):
 )
 def test_why_a_rank_stopped_is_left_for_torchrun(rank_files, capsys, error, status, message, printed, again):
     file, began = rank_files(0), []
-    with pytest.raises(SystemExit) as stopped, launching.reporting():
+    with pytest.raises(SystemExit) as stopped, ranks.reporting():
         raise error
     assert stopped.value.code == status and json.loads(file.read_text())["message"]["message"] == message
     assert capsys.readouterr().err.startswith(printed)
     rank_files(1)
-    with pytest.raises(SystemExit) as stopped, launching.reporting():
+    with pytest.raises(SystemExit) as stopped, ranks.reporting():
         began.append(True)
     assert bool(began) == again and stopped.value.code == (0 if again else 2)  # it never leaves the block
     assert capsys.readouterr().err == (f"dgutils: {message}; start 2 of 4 goes on where it was\n" if again else "")
@@ -354,4 +354,4 @@ def slurm(folder, srun):
 
 def test_no_ranks_at_all_is_a_mistake():
     with pytest.raises(UserError, match="NPROC is 0"):
-        launching.run_ranks(0, [])
+        ranks.run_ranks(0, [])

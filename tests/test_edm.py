@@ -36,13 +36,6 @@ def test_preconditioning_formula():
     assert (network(x, sigma) - expected).abs().max() < 1e-12
 
 
-def test_a_residual_encoder_adds_its_bias_in_float32_in_mixed_precision_too():
-    layer = edm.Conv2d(3, 4, 3, down=True, fused=True, resample_filter=(1, 3, 3, 1))
-    layer.bias.data.fill_(1 + 2**-12)  # bfloat16 would round it to one
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (layer(torch.zeros(1, 3, 8, 8)) == 1 + 2**-12).all()
-
-
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_layouts_agree(patch_size):
     """channels-last takes our group norm, contiguous torch's: the same numbers."""
@@ -58,26 +51,21 @@ def normed(norm, x, push):
     return y, *torch.autograd.grad((y * push).sum(), (x, norm.weight, norm.bias))
 
 
-@pytest.mark.parametrize("cached", [1, 800, 10**6])
-def test_group_norm_and_its_gradients_match_torch_on_channels_last(monkeypatch, cached):
-    """In one part, in two, and image by image."""
-    monkeypatch.setattr(edm, "CACHED", cached)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+def test_group_norm_and_its_gradients_match_torch_on_channels_last():
     norm, push = edm.GroupNorm(24).double(), torch.randn(3, 24, 4, 4).double()
     norm.weight.data.normal_()
     norm.bias.data.normal_()
     x = (5 + 2 * torch.randn(3, 24, 4, 4).double()).to(memory_format=torch.channels_last)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
     for ours, theirs in zip(normed(norm, x, push), normed(norm, x.contiguous(), push), strict=True):
         assert (ours - theirs).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_group_norm_has_the_same_bits_in_any_number_of_parts(monkeypatch, dtype):
-    norm, push = edm.GroupNorm(24), torch.randn(5, 24, 4, 4).to(dtype)
+def test_group_norm_of_an_image_has_the_same_bits_in_any_batch(dtype):
+    norm = edm.GroupNorm(24)
     x = torch.randn(5, 24, 4, 4).to(dtype, memory_format=torch.channels_last)
-    whole = normed(norm, x, push)
-    monkeypatch.setattr(edm, "CACHED", 1)
-    assert all(torch.equal(part, one) for part, one in zip(normed(norm, x, push), whole, strict=True))
+    assert torch.equal(norm(x), torch.cat([norm(image) for image in x.split(1)]))
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -140,12 +128,12 @@ def test_the_compiled_norm_is_tried_with_gradients_by_whoever_asks_first(monkeyp
     assert not capsys.readouterr().err
 
 
-
-def test_group_norm_refuses_second_derivatives():
-    x = torch.randn(1, 8, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
-    (gradient,) = torch.autograd.grad(edm.GroupNorm(8)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+def test_group_norm_keeps_statistics_in_float32():
+    """bfloat16 in, bfloat16 out: scale and shift round once each, and so does the result, of numbers of order one."""
+    norm, x = edm.GroupNorm(64), (3 + torch.randn(4, 64, 8, 8)).bfloat16().to(memory_format=torch.channels_last)
+    exact = torch.nn.functional.group_norm(x.double(), norm.num_groups, eps=norm.eps)
+    ours = norm(x)
+    assert ours.dtype == torch.bfloat16 and (ours - exact).abs().max() < 12 * 2**-8
 
 
 def test_a_network_computes_in_float32_at_the_noise_levels_that_ask_for_it():

@@ -113,6 +113,7 @@ def test_inception_features_are_those_of_cleanfid(weights_folder, channels):
     (lambda: features.image_features([], "inception"), "1 or 3 channels"),
     (lambda: features.image_features(np.zeros((1, 32, 32, 1), np.uint8), batch_size=0), "batch_size 0"),
     (lambda: features.metric_name("efficientnet-lite0"), "efficientnet-lite0@128"),
+    (lambda: features.image_features(np.zeros((1, 32, 32, 3), np.uint8), "vgg"), "no network .vgg.; shipped: "),
 ])
 def test_errors_are_one_clear_line(call, message):
     with pytest.raises(UserError, match=message) as caught:

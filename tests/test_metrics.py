@@ -373,7 +373,7 @@ def test_features_too_large_for_a_score_are_refused(size, dtype):
     (lambda: features.image_features(IMAGES, ["inception"]), "unknown feature space"),
     (lambda: features.image_features(IMAGES, "efficientnet-lite0@99999999999968"), "pixels a multiple of 32"),
     (lambda: features.metric_name(None), "unknown feature space None: give its name"),
-    (lambda: features.encode(IMAGES, 3), "unknown feature space 3"),
+    (lambda: features.image_features(IMAGES, 3), "unknown feature space 3"),
     (lambda: metrics.PairReference(X, device="nowhere"), "device 'nowhere': "),
     (lambda: metrics.PairReference(X).compare(Y, True), "n_resamples True"),
     (lambda: metrics.bootstrap(np.mean, X, 5, 0, None), "level None: a confidence level"),

@@ -64,12 +64,8 @@ def test_encoders(name, record_property):
 PUBLISHED = {
     "edm-cifar10-32x32-uncond-vp": (55_733_891, "1c5f38fd273af62a"),
     "edm-cifar10-32x32-cond-vp": (55_735_299, "740b096010232034"),
-    "edm-cifar10-32x32-uncond-ve": (56_397_827, "9f4e045d77df6be9"),
-    "edm-cifar10-32x32-cond-ve": (56_400_643, "35f55bbe1d6e3227"),
     "edm-ffhq-64x64-uncond-vp": (61_805_571, "327e9abfb3a00b61"),
-    "edm-ffhq-64x64-uncond-ve": (62_761_091, "9f1188b393e2e0f6"),
     "edm-afhqv2-64x64-uncond-vp": (61_805_571, "327e9abfb3a00b61"),
-    "edm-afhqv2-64x64-uncond-ve": (62_761_091, "9f1188b393e2e0f6"),
     "32x32_classifier": (47_771_112, "d5e863278bb0966a"),
     "64x64_classifier": (65_438_568, "1f101795c34a2e14"),
     "discriminator_60": (2_883_841, "3dd8e2904f0d4d49"),

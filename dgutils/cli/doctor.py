@@ -9,18 +9,19 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from dgutils.errors import UserError
-from dgutils.paths import DATA, data_dir, data_places, repo_root, runs_dir
+from dgutils.paths import repo_root
 
 PACKAGE = Path(__file__).resolve().parents[1]
 GB = 1e9
 PACKAGES_GB = 6  # with the CUDA libraries that torch brings along on Linux
 MEMORY_GB = 4  # of one process, with the published networks
 ARMS = 40  # image sets of num_eval images that the six notebooks compare, rounded up
+DOWNLOADS = {"fashion_mnist": "sudo apt-get install dataset-fashion-mnist, or nothing: 30 MB are downloaded",
+             "cifar10": "nothing: 170 MB are downloaded"}
 
 
 class Absent(Exception):
@@ -39,19 +40,11 @@ def check_python():
                 "install Python 3.11 or newer; then: make test PYTHON=/path/to/it")
 
 
-def pins(text):
-    """(name, version) of every package that a text like requirements.txt wants on this Python and platform."""
-    try:
-        from packaging.markers import Marker
-    except ImportError:  # hardly anything is installed; the pins without a marker will do to say so
-        Marker = None
-    listed = re.findall(r"^([\w.-]+)==([\w.]+)(?: ; (.*?))? \\$", text, re.MULTILINE)
-    return [(name, pin) for name, pin, marker in listed if not marker or Marker and Marker(marker).evaluate()]
-
-
 def check_packages():
+    """The packages that every platform wants are here, in the versions of requirements.txt."""
     found = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in metadata.distributions() if d.name}
-    pinned = pins((repo_root() / "requirements.txt").read_text(encoding="utf-8"))
+    listed = (repo_root() / "requirements.txt").read_text(encoding="utf-8")
+    pinned = re.findall(r"^([\w.-]+)==([\w.]+) \\$", listed, re.MULTILINE)  # others have a marker: " ; python ..."
     wrong = [f"{name} {found.get(name, 'absent')} instead of {pin}" for name, pin in pinned if found.get(name) != pin]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return need(not wrong, ", ".join(wrong[:3]) + more or f"{len(pinned)}, as pinned in requirements.txt",
@@ -59,23 +52,12 @@ def check_packages():
                 "pip install --require-hashes -r requirements.txt")
 
 
-def check_disk(values, installed):
+def check_disk(values):
     images = values.get("num_fake", 0) + ARMS * values.get("num_eval", 0)  # with features in two spaces of 2048 float32
-    wanted = 1 + images * (3 * 32 * 32 + 2 * 2048 * 4) / GB + (0 if installed else PACKAGES_GB)
+    wanted = 1 + images * (3 * 32 * 32 + 2 * 2048 * 4) / GB + (0 if values else PACKAGES_GB)
     free = shutil.disk_usage(repo_root()).free / GB
     return need(free >= wanted, f"{free:.0f} GB free under {repo_root()}, about {wanted:.0f} GB needed",
                 "free some, or clone to a larger disk")
-
-
-def check_folder(profile):
-    runs = runs_dir(profile)
-    place = next(path for path in (runs, *runs.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return f"{runs} can be written"
-    except OSError as error:
-        raise Absent(f"{place} ({os.strerror(error.errno).lower()})",
-                     "make it a folder where you can write, or clone elsewhere") from error
 
 
 def check_memory():
@@ -107,71 +89,56 @@ def check_device():
 
 def check_data(dataset):
     from dgutils.datasets import load_dataset
+    from dgutils.sources import places
 
-    places = data_places(dataset) if dataset in DATA else []
-    official = ("cifar-10-batches-py", "cifar-10-python.tar.gz") if dataset == "cifar10" and data_dir() else ()
-    there = [*places, *(data_dir() / name for name in official)]
-    if places and not any(place.exists() for place in there):  # to load it would be to download it
-        get = {"fashion_mnist": "sudo apt-get install dataset-fashion-mnist, or nothing: 30 MB are",
-               "cifar10": "nothing: 170 MB are"}[dataset]
-        raise Absent(f"{dataset}, looked for in {', '.join(map(str, places))}", f"{get} downloaded when first needed")
+    need(any(place.exists() for place in places(dataset)),  # to load it would be to download it
+         f"{dataset}, looked for in {', '.join(map(str, places(dataset)))}", f"{DOWNLOADS[dataset]} when first needed")
     train, test = (len(load_dataset(dataset, split)[0]) for split in ("train", "test"))
     return f"{dataset}: {train:,} and {test:,} images, checksums right"
 
 
-def check_shipped(values):
+def check_networks(profile, values):
+    """The networks and published files that a profile names are here, and nobody altered them."""
     from dgutils.networks import checkpoints, weights
 
     loaders = {"score_network": checkpoints.load_denoiser, "feature_extractor": checkpoints.load_feature_extractor}
-    shipped = {key: values[key] for key in loaders if values[key] not in weights.registry()}
-    found = [name for key, name in shipped.items() if loaders[key](name)]
-    return f"{', '.join(found)}: here, checksums right" if found else "the profile uses none"
-
-
-def check_published(profile, values):
-    from dgutils.networks import weights
-
-    found = weights.status(weights.mentioned(values))
-    absent = [entry for entry in found if entry.state == "absent"]
-    need(not absent, f"{', '.join(entry.published.name for entry in absent)}: not in {weights.weights_dir()}",
-         f"make fetch PROFILE={profile} ({sum(entry.bytes for entry in absent) / 1e6:,.0f} MB); "
+    found = [values[key] for key in loaders if values[key] not in weights.registry() and loaders[key](values[key])]
+    published = [weights.published(name) for name in weights.mentioned(values)]
+    absent = [entry for entry in published if not entry.path.is_file()]
+    need(not absent, f"{', '.join(entry.name for entry in absent)}: not in {weights.weights_dir()}",
+         f"make fetch PROFILE={profile} ({sum(entry.megabytes for entry in absent):,.0f} MB); "
          "`make rehearse` runs without them, on random ones")
-    standins = ": RANDOM stand-ins, for a rehearsal only" if found and weights.is_rehearsal() else ""
-    names = [weights.find(entry.published.name).name for entry in found]  # refuses one that was altered
-    return ", ".join(names) + standins or "the profile uses none"
+    found += [weights.find(entry.name).name for entry in published]  # refuses one that was altered
+    standins = ": RANDOM stand-ins, for a rehearsal only" if published and weights.is_rehearsal() else ""
+    return f"{', '.join(found)}{standins or ': here, checksums right'}"
 
 
 def run(profile="quick"):
     """Print the list for a profile. Returns 1 if something is missing, else 0. UserError for an unknown profile."""
-    missing = []
+    missing, values = [], {}
 
     def check(name, function, *arguments):
         try:
             print(f"  OK       {name:<18} {function(*arguments)}", flush=True)
-            return True
         except (Absent, UserError) as absent:
             print(f"  MISSING  {name:<18} " + f"\n{'':>11}{'to do':<18} ".join(absent.args), flush=True)
             missing.append(name)
-            return False
 
     print(f"What profile {profile} needs:\n")
     check("Python", check_python)
-    installed, values = check("packages", check_packages), {}
-    if installed:
+    check("packages", check_packages)
+    if installed := "packages" not in missing:
         from dgutils.pipeline.parameters import load
 
         values = load(profile).model_dump()
-    check("disk", check_disk, values, installed)
-    check("folder", check_folder, profile)
+    check("disk", check_disk, values)
     check("memory", check_memory)
     check("TeX", check_tex)
     if installed:
         check("device", check_device)
-        downloads = [] if check("data", check_data, values["dataset"]) else ["the data"]
-        check("shipped weights", check_shipped, values)
-        downloads += [] if check("published weights", check_published, profile, values) else ["the published weights"]
-        check("network", lambda: f"needed once, for {' and '.join(downloads)}" if downloads else "not needed")
+        check("data", check_data, values["dataset"])
+        check("networks", check_networks, profile, values)
     else:
-        print("\nDevice, data, weights and network are checked once the packages are there.")
+        print("\nDevice, data and networks are checked once the packages are there.")
     print(f"\nMissing: {', '.join(missing)}." if missing else "\nNothing is missing.")
     return int(bool(missing))

@@ -48,21 +48,19 @@ def reproduce(profile, only, set, cell_timeout, force):
 @command
 @_profile("quick")
 @click.option("--nproc", type=int, help="Start so many ranks on this machine [be one of torchrun's].")
-@click.option("--timeout", type=float, default=360, callback=_minutes, help="Minutes that ranks wait [360].")
 @click.option("--minutes", type=float, callback=_minutes, help="End after so long, between shards, epochs or scores.")
 @SET
-def work(profile, nproc, timeout, minutes, set):
+def work(profile, nproc, minutes, set):
     """Compute what a profile's notebooks will ask for, as one rank or as several."""
-    from dgutils.pipeline import launching, parameters
+    from dgutils.pipeline import parameters, ranks
     from dgutils.pipeline.work import work
 
     overrides = parameters.parse_overrides(set)
     if nproc is None:
-        return work(profile, overrides, timeout, minutes)
+        return work(profile, overrides, minutes)
     parameters.load(profile, overrides)  # what is wrong with them is said before any rank starts
-    again = ["-m", "dgutils", "work", "--profile", profile, "--timeout", str(timeout)]
-    again += ["--minutes", str(minutes)] if minutes else []
-    launching.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
+    again = ["-m", "dgutils", "work", "--profile", profile, *(["--minutes", str(minutes)] if minutes else [])]
+    ranks.run_ranks(nproc, again + [part for text in set for part in ("--set", text)])
 
 
 @command
@@ -105,11 +103,11 @@ def fetch(profile, name):
 @click.argument("file", nargs=-1, required=True, type=Path)
 def inspect(file):
     """Say what each checkpoint FILE holds; nothing in it is executed."""
-    from dgutils.networks.inspection import inspect
+    from dgutils.networks.checkpoints import look_into
 
     refused = []
     for path in file:
-        print("\n".join(lines := inspect(path)))
+        print("\n".join(lines := look_into(path)))
         refused += [str(path)] * any(line.startswith("REFUSED") for line in lines)
     require(not refused, f"refused, for the reasons above: {', '.join(refused)}")
 
@@ -126,16 +124,15 @@ def doctor(profile):
 @command
 @click.argument("name")
 @click.option("--out", type=Path, help="Folder of checkpoint and result [runs/networks].")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all].")
 @click.option("--minutes", type=float, callback=_minutes, help="Train so long, whatever the recipe's images.")
 @click.option("--parts", is_flag=True, help="Write the weights in parts of 15 MiB, too.")
 @click.option("--join", type=Path, metavar="FOLDER", help="Only put the parts in FOLDER together, checked.")
-def train_score(name, out, threads, minutes, parts, join):
+def train_score(name, out, minutes, parts, join):
     """Train the network of a recipe, dgutils/assets/NAME.yaml; resumes."""
     from dgutils.networks import pretrain
 
     out = out or repo_root() / "runs" / "networks"
-    path = pretrain.join(name, join, out) if join else pretrain.train_network(name, out, threads, minutes=minutes)
+    path = pretrain.join(name, join, out) if join else pretrain.train_network(name, out, minutes=minutes)
     if parts:
         pretrain.write_parts(path, out)
     finished = json.loads(path.with_suffix(".json").read_text())["finished"]

@@ -113,25 +113,17 @@ def score_rate(p: Parameters) -> float | None:
     return n / min(timeit.repeat(evaluate, number=1, repeat=3))
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words of the right size."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def show(profile: str) -> None:
     """Print the plan of a profile. Runs nothing of it."""
     declared = Declared(profile)
-    files = weights.status(weights.mentioned(declared.parameters.model_dump()))
+    files = [weights.published(name) for name in weights.mentioned(declared.parameters.model_dump())]
     print(f"Plan of profile {profile}; nothing is run.\n\nFiles ({weights.weights_dir()})")
     for file in files:
-        print(f"  {file.published.file:<36} {file.bytes / 1e6:8.1f} MB  {file.state}")
+        print(f"  {file.file:<36} {file.megabytes:6.0f} MB  {'here' if file.path.is_file() else 'absent'}")
     if not files:
         print("  none to download: the networks ship with the repository")
-    if absent := [file.bytes for file in files if file.state == "absent"]:
-        print(f"  get these {sum(absent) / 1e6:,.0f} MB with: make fetch PROFILE={profile}")
+    if absent := [file.megabytes for file in files if not file.path.is_file()]:
+        print(f"  get these {sum(absent):,.0f} MB with: make fetch PROFILE={profile}")
     row, total, disk = "{:<67} {:>9} {:>13} {:>11} {:>11} {:>9}", Counter(), 0
     print("\n" + row.format("Steps that are to be made", "images", "score evals", "gradients", "training", "features"))
     for step in steps(declared):
@@ -143,5 +135,5 @@ def show(profile: str) -> None:
     print(f"\nIn all: {total['score']:,} score network evaluations, {gradients:,} gradients of log r, "
           f"{total['train']:,} passes through a head in training, at most {disk / 1e9:.2f} GB of disk.")
     if rate := score_rate(declared.parameters):
-        print(f"The score network alone takes about {duration(total['score'] / rate)} on {provenance()['device']}: "
+        print(f"The score network alone takes about {total['score'] / rate / 3600:.2g} h on {provenance()['device']}: "
               f"{rate:.3g} evaluations/s, measured just now.")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dgutils.errors import UserError
+from dgutils.errors import require
 from dgutils.networks.edm import GroupNorm
 from dgutils.noise import INITIALISATION, keyed_rng
 
@@ -154,20 +154,19 @@ class EncoderUNet(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         widths = [int(mult * model_channels) for mult in channel_mult]
         shrink = patch_size * 2 ** (len(widths) - 1)
-        if image_size % shrink:
-            raise UserError(f"image_size {image_size} is not a multiple of {shrink}, which patch_size and levels need")
-        if model_channels < 2 or model_channels % 2 or num_head_channels < 1:
-            raise UserError(f"model_channels {model_channels}, num_head_channels {num_head_channels}: the first is "
-                            "even, both are positive")  # fmt: skip
-        if num_res_blocks < (least := int(len(set(widths)) > 1)):
-            raise UserError(f"num_res_blocks {num_res_blocks}: at least {least}, as these levels' widths need")
+        require(image_size % shrink == 0,
+                f"image_size {image_size} is not a multiple of {shrink}, which patch_size and levels need")
+        require(model_channels > 0 and model_channels % 2 == 0 and num_head_channels > 0, f"model_channels "
+                f"{model_channels}, num_head_channels {num_head_channels}: the first is even, both are positive")
+        least = int(len(set(widths)) > 1)
+        require(num_res_blocks >= least, f"num_res_blocks {num_res_blocks}: at least {least}, as these widths need")
         attended = [w for level, w in enumerate(widths) if 2**level in attention_resolutions] + widths[-1:]
-        if any(width % num_head_channels for width in attended):
-            raise UserError(f"widths {attended} are not all multiples of num_head_channels {num_head_channels}")
+        require(not any(width % num_head_channels for width in attended),
+                f"widths {attended} are not all multiples of num_head_channels {num_head_channels}")
         divisor = 32 if num_group_channels is None else num_group_channels
-        if divisor < 1 or any(width % divisor for width in widths):
-            groups = "32 groups" if num_group_channels is None else f"groups of {num_group_channels} channels"
-            raise UserError(f"widths {widths} do not divide into {groups} each: num_group_channels must divide all")
+        groups = "32 groups" if num_group_channels is None else f"groups of {num_group_channels} channels"
+        require(divisor > 0 and not any(width % divisor for width in widths),
+                f"widths {widths} do not divide into {groups} each: num_group_channels must divide all")
         side, embedding_dim = image_size // shrink, 4 * model_channels
         self.feature_shape = (widths[-1], side, side)
         block = partial(ResBlock, embedding_dim=embedding_dim, group_channels=num_group_channels)
@@ -198,10 +197,10 @@ class EncoderUNet(nn.Module):
         class-conditional network, else None.  Returns [N, *feature_shape].
         """
         size, channels = self.config["image_size"], self.config["in_channels"]
-        if x.ndim != 4 or x.shape[1:] != (channels, size, size):
-            raise UserError(f"the encoder takes inputs [N, {channels}, {size}, {size}], got {list(x.shape)}")
-        if (class_labels is None) == hasattr(self, "label_emb"):
-            raise UserError("class labels are needed by class-conditional encoders, and only by those")
+        require(x.ndim == 4 and x.shape[1:] == (channels, size, size),
+                f"the encoder takes inputs [N, {channels}, {size}, {size}], got {list(x.shape)}")
+        require((class_labels is None) != hasattr(self, "label_emb"),
+                "class labels are needed by class-conditional encoders, and only by those")
         dtype = self.time_embed[0].weight.dtype
         time = 999 * torch.as_tensor(vp_time, dtype=dtype, device=x.device).expand(len(x))  # as published
         embedding = self.time_embed(timestep_embedding(time, self.config["model_channels"]))  # [N,E]

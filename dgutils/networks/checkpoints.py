@@ -1,13 +1,12 @@
 """Networks from files: the shipped ones with their model cards, the published ones in their authors' formats.
 
 Nothing of a file is run: EDM's pickles go through `unpickle`, state dicts through torch's `weights_only` reader.
-What does not fit is named, with the likely cause.
+What does not fit is named.
 """
 
 import functools
 import inspect
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -25,9 +24,10 @@ from dgutils.networks.weights import Published, sha256_of
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 _ARCHITECTURES = {"denoiser": Denoiser, "extractor": EncoderUNet, "discriminator": EncoderUNet}
-# The published SongUNet's arguments.
-_SONG_UNET = {"in_channels", "out_channels", "label_dropout", *inspect.signature(SongUNet).parameters}
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # in tensors' names
+# Arguments of the published SongUNet that ours lacks: those that are of no account here, and those that make it DDPM++.
+_NO_ACCOUNT = {"in_channels", "out_channels", "label_dropout"}
+_DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
+           "decoder_type": "standard", "resample_filter": [1, 1]}  # fmt: skip
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def read_edm(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """An EDM pickle's `ema` network: its tensors as they are, and what the file says of it and holds besides.
+    """An EDM pickle's `ema` network: its tensors as they are, and its options as `Denoiser` takes them.
 
     Raises UserError for a file that is refused, or holds another kind of network.
     """
@@ -57,26 +57,25 @@ def read_edm(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     require((ema.class_name, unet.class_name) == ("EDMPrecond", "SongUNet"),
             f"{path} holds {ema.class_name} around {unet.class_name}; supported is EDMPrecond around SongUNet: "
             "choose one of the edm-* files of the registry")  # fmt: skip
-    unknown = sorted(unet.kwargs.keys() - _SONG_UNET) or list(unet.args)
-    require(not unknown, f"{path}: its SongUNet has arguments that are unknown here: {unknown}")
-    precond = ("img_resolution", "img_channels", "label_dim", "sigma_data")
-    about = {"network": f"{ema.class_name} around {unet.class_name}", "use_fp16": ema.state.get("use_fp16"),
-             "config": unet.kwargs | {key: ema.state.get(key) for key in precond},
-             "other_entries": {k: getattr(v, "class_name", type(v).__name__) for k, v in holds.items() if k != "ema"}}
     try:
-        json.dumps(about)
-        return state_dict(ema), about
+        options = json.loads(json.dumps(unet.kwargs))
+        config = {key: json.loads(json.dumps(ema.state.get(key)))
+                  for key in ("img_resolution", "img_channels", "label_dim", "sigma_data")}
+        tensors = state_dict(ema)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError, RecursionError) as error:  # lists and modules may hold themselves
         raise UserError(f"{path}: its network's arguments are not plain numbers and text ({error})") from error
+    for key, value in _DDPMPP.items():
+        require((found := options.pop(key, value)) == value, f"{path}: its {key} is {found}; supported is {value}, as "
+                "in the files of the registry")  # fmt: skip
+    unknown = sorted(options.keys() - _NO_ACCOUNT - inspect.signature(SongUNet).parameters.keys()) or list(unet.args)
+    require(not unknown, f"{path}: its SongUNet has arguments that are unknown here: {unknown}")
+    return tensors, {key: value for key, value in options.items() if key not in _NO_ACCOUNT} | config
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pt file, by the names that they had before torch.compile and the like wrapped the network.
-
-    Raises UserError if it is refused, unreadable or more than a state dict.
-    """
+    """The tensors of a .pt file. Raises UserError if it is refused, unreadable or more than a state dict."""
     try:
         found = load_weights_only(path)
     except UserError as error:
@@ -85,10 +84,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         holds = f"a dict of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path} is not a state dict but {holds}: a training checkpoint? save its network's "
                         "state_dict() alone")
-    plain = {_WRAPPERS.sub("", str(key)): value for key, value in found.items()}
-    while plain and all(key.startswith("module.") for key in plain):  # DataParallel's
-        plain = {key.removeprefix("module."): value for key, value in plain.items()}
-    return plain if len(plain) == len(found) else found
+    return found
 
 
 def fault(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -105,38 +101,25 @@ def fault(tensors: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
-def _shapes(kind: str, config: dict) -> dict[str, tuple]:
+def _shapes(kind: str, config: dict) -> dict[str, list[int]]:
     """Names and shapes of a network's tensors, found without allocating it."""
     with torch.device("meta"):
-        return {k: tuple(v.shape) for k, v in _ARCHITECTURES[kind](**config).state_dict().items()}
+        return {k: list(v.shape) for k, v in _ARCHITECTURES[kind](**config).state_dict().items()}
 
 
-def fitting(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """The published networks that have tensors of just these names and shapes, for any number of classes."""
-
-    def compared(shapes):
-        return {k: shape[1:] if k == "label_emb.weight" else tuple(shape) for k, shape in shapes.items()}
-
-    found = compared({k: v.shape for k, v in tensors.items()})
-    return [e.name for e in weights.registry().values() if e.config and compared(_shapes(e.kind, e.config)) == found]
+def _difference(found: dict, expected: dict) -> str:
+    """Where two dictionaries differ first, and in how many places more; "" if they are equal."""
+    keys = [key for key in expected | found if found.get(key) != expected.get(key)]
+    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{keys[0]} is {found.get(keys[0], 'absent')}, not {expected.get(keys[0], 'absent')}{more}" if keys else ""
 
 
-def _check(entry: Published, config: dict, tensors: dict[str, torch.Tensor], about: dict) -> None:
-    """Raise UserError naming options and first tensors that differ from the entry's, or what no training leaves."""
-    expected = _shapes(entry.kind, config)
-    misfits = {"it lacks": sorted(expected.keys() - tensors), "it has": sorted(tensors.keys() - expected),
-               "its": [f"{k} is {list(v.shape)}, not {list(expected[k])}" for k, v in tensors.items()
-                       if tuple(v.shape) != expected.get(k, tuple(v.shape))]}  # fmt: skip
-    differing = [f"{k} is {about[k]}, not {v}" for k, v in config.items() if about.get(k, v) != v]
-    differing = differing or [f"{verb} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")
-                              for verb, keys in misfits.items() if keys]  # fmt: skip
-    if differing:
-        fits = fitting(tensors)
-        cause = (f"it has the structure of {' or '.join(fits)} ({weights.published(fits[0]).what}): was one file put "
-                 "in the other's place?" if fits else "it fits no network of the registry: get the file again")
-        raise UserError(f"{entry.path} is not the {entry.what}: {'; '.join([*differing, cause])}")
-    if what := fault(tensors):
-        raise UserError(f"{entry.path} refused: {what}: get the file again")
+def _check(entry: Published, config: dict, tensors: dict[str, torch.Tensor], options: dict) -> None:
+    """Raise UserError for options and tensors that differ from the entry's, or that no training leaves."""
+    difference = _difference({key: options.get(key, value) for key, value in config.items()}, config) or \
+        _difference({key: list(value.shape) for key, value in tensors.items()}, _shapes(entry.kind, config))
+    require(not difference, f"{entry.path} is not the {entry.what}: {difference}: get the file again")
+    require(not (what := fault(tensors)), f"{entry.path} refused: {what}: get the file again")
 
 
 def model_card(name: str) -> dict:
@@ -176,20 +159,24 @@ def _read(entry: Published) -> tuple[dict, dict[str, torch.Tensor]]:
                 f"{entry.path} is absent or does not match its model card (sha256 {entry.sha256[:12]}): restore it "
                 f"with `git checkout -- dgutils/assets/{entry.path.name}`")  # fmt: skip
         return entry.config, read_tensors(entry.path)[0]
-    path, config, about = weights.find(entry.name), entry.config, {}
+    path, config, options = weights.find(entry.name), entry.config, {}
     if entry.kind == "denoiser":
-        tensors, about = read_edm(path)
+        tensors, options = read_edm(path)
     else:
         tensors = read_state_dict(path)
         if config.get("num_classes") and "label_emb.weight" in tensors:  # of how many classes, the file says
             config = config | {"num_classes": len(tensors["label_emb.weight"])}
-    _check(entry, config, tensors, about.get("config", {}))
+    _check(entry, config, tensors, options)
     weights.record(entry.name)
     return config, tensors
 
 
 @functools.cache
 def _load(name: str, kind: str):
+    """The network `name`, shipped or published, frozen, float32.
+
+    Raises UserError if it is absent, altered, refused or another network.
+    """
     entry = _entry(name, kind)
     config, tensors = _read(entry)
     network = _ARCHITECTURES[kind](**config)
@@ -197,22 +184,9 @@ def _load(name: str, kind: str):
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def load_denoiser(name: str) -> Denoiser:
-    """The score network `name`, shipped or published, frozen, float32.
-
-    Raises UserError if it is absent, altered, refused or another network.
-    """
-    return _load(name, "denoiser")
-
-
-def load_feature_extractor(name: str) -> EncoderUNet:
-    """The noise-conditional feature extractor `name`, frozen, float32. Raises UserError likewise."""
-    return _load(name, "extractor")
-
-
-def load_discriminator(name: str) -> EncoderUNet:
-    """The published discriminator `name`: its head (class-conditional: `label_emb`), frozen, float32. Likewise."""
-    return _load(name, "discriminator")
+load_denoiser = functools.partial(_load, kind="denoiser")
+load_feature_extractor = functools.partial(_load, kind="extractor")
+load_discriminator = functools.partial(_load, kind="discriminator")  # its head; class-conditional with `label_emb`
 
 
 def clock(name: str) -> str:
@@ -258,3 +232,25 @@ def head_config(feature_extractor: str, width: int, num_res_blocks: int, num_hea
             head["num_group_channels"] = 4
         EncoderUNet(**head)  # says what does not fit
     return head
+
+
+def look_into(path: Path) -> list[str]:
+    """What a file of weights holds, in lines of text. Runs nothing of it and builds no network.
+
+    Of a file that no network would be made from, the last line begins with REFUSED. Raises UserError without a file.
+    """
+    require(path.is_file(), f"no file {path}")
+    lines, options = [f"{path}: {path.stat().st_size:,} bytes, sha256 {sha256_of(path)}"], {}
+    try:
+        if path.suffix in (".safetensors", ".pkl"):
+            tensors, options = (read_edm if path.suffix == ".pkl" else read_tensors)(path)
+        else:
+            tensors = read_state_dict(path)
+    except UserError as error:
+        return [*lines, f"REFUSED: {error}"]
+    shapes = [f"  {name} {list(value.shape)}" for name, value in tensors.items()]
+    kinds = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))
+    lines += [*(f"{key}: {value}" for key, value in options.items()),
+              f"{sum(v.numel() for v in tensors.values()):,} numbers in {len(tensors)} tensors, {kinds}",
+              *(shapes if len(shapes) <= 6 else [*shapes[:3], "  ...", *shapes[-3:]])]
+    return lines + ([f"REFUSED: {what}"] if (what := fault(tensors)) else [])

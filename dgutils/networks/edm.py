@@ -1,4 +1,4 @@
-"""The EDM denoiser: DDPM++ or NCSN++ U-Net (Song et al. 2021) with EDM preconditioning (Karras et al. 2022, table 1).
+"""The EDM denoiser: DDPM++ U-Net (Song et al. 2021) with EDM preconditioning (Karras et al. 2022, table 1).
 
 One class at every scale: `assets/registry.yaml` has the arguments of NVIDIA's networks, the shipped small ones are
 others. Parameter names follow NVlabs' release, so that its weights load unchanged.
@@ -10,7 +10,6 @@ import sys
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dgutils.errors import require
@@ -30,103 +29,31 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Module):
-    """Same-size convolution, optionally after doubling or halving the resolution.
+    """Same-size convolution, optionally after doubling (by repetition) or halving (by averages) the resolution."""
 
-    resample_filter: [1, 1], a box, or [1, 3, 3, 1], applied along both axes. fused: convolve before the filter
-    when halving, as NCSN++'s residual encoder does, which differs at the border.
-    """
-
-    def __init__(self, fan_in, fan_out, kernel, up=False, down=False, gain=1.0, resample_filter=(1, 1), fused=False):
+    def __init__(self, fan_in, fan_out, kernel, up=False, down=False, gain=1.0):
         super().__init__()
         area = kernel * kernel
         self.weight = _xavier_uniform((fan_out, fan_in, kernel, kernel), fan_in * area, fan_out * area, gain)
         self.bias = nn.Parameter(torch.zeros(fan_out))
-        self.up, self.down, self.fused = up, down, fused
-        self.box = tuple(resample_filter) == (1, 1)
-        if up or down:
-            taps = torch.tensor(resample_filter, dtype=torch.float32)
-            self.register_buffer("resample_filter", taps.outer(taps)[None, None] / taps.sum() ** 2)
-
-    def _resample(self, x, padding):
-        """x doubled or halved, by the filter; a box is an average, or a repetition."""
-        if self.box:
-            return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
-        taps = (4 if self.up else 1) * self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        resample = F.conv_transpose2d if self.up else F.conv2d
-        return resample(x, taps, stride=2, padding=padding, groups=x.shape[1])
+        self.up, self.down = up, down
+        if up or down:  # nothing reads it, but files of weights hold it
+            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
 
     def forward(self, x):
-        padding = self.weight.shape[-1] // 2
-        reach = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0  # 0 for the box
-        if self.fused:
-            halved = self._resample(F.conv2d(x, self.weight, padding=padding + reach), 0)
-            return halved + self.bias[:, None, None].to(x.dtype)  # the input's type, in mixed precision too
-        if self.up or self.down:
-            x = self._resample(x, reach)
-        return F.conv2d(x, self.weight, self.bias, padding=padding)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
-CACHED = 2**18  # numbers a thread that `GroupNorm` works on at a time: what fits into the cache spares the memory
-
-
-def _in_parts(*tensors):
-    """Slices of N, each with those rows [n, HW, C] of channels-last tensors [N, C, H, W]: `CACHED` numbers a thread."""
-    rows = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in tensors]
-    size = max(1, CACHED * torch.get_num_threads() // rows[0][0].numel())
-    for start in range(0, len(rows[0]), size):
-        part = slice(start, start + size)
-        yield part, *(x[part] for x in rows)
-
-
-class _Moments(torch.autograd.Function):
-    """Sums over positions of x [N, C, H, W] and of its squares, each [N, C], in float32 or better."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        sums = x.new_empty(2, *x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
-        for part, rows in _in_parts(x):
-            rows = rows.to(sums.dtype)
-            torch.sum(rows, 1, out=sums[0, part])
-            torch.sum(rows * rows, 1, out=sums[1, part])
-        return sums[0], sums[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, by_sum, by_square):
-        (x,) = ctx.saved_tensors
-        grad = torch.empty_like(x)
-        for part, rows, out in _in_parts(x, grad):
-            out.copy_((rows.to(by_sum.dtype) * (2 * by_square[part, None])).add_(by_sum[part, None]))
-        return grad
-
-
-class _Affine(torch.autograd.Function):
-    """shift + x scale: x [N, C, H, W], scale and shift [N, C]."""
-
-    @staticmethod
-    def forward(ctx, x, scale, shift):
-        ctx.save_for_backward(x, scale)
-        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
-        by_x, by_scale, by_shift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
-        for part, grad_rows, rows, out in _in_parts(grad, x, by_x):
-            torch.mul(grad_rows, scale[part, None], out=out)
-            torch.sum(grad_rows * rows, 1, out=by_scale[part])
-            torch.sum(grad_rows, 1, out=by_shift[part])
-        return by_x, by_scale, by_shift
-
-
-def _scale_and_shift(sums, squares, size, groups, weight, bias, eps):
-    """What normalises x is x scale + shift: both [N, C], from sums over `size` positions, of x and x^2, each [N, C]."""
-    n, c = sums.shape
-    size = size * (c // groups)
-    mean = sums.view(n, groups, -1).sum(2) / size  # [N, G]
-    var = squares.view(n, groups, -1).sum(2) / size - mean**2
+def _scale_and_shift(rows, groups, weight, bias, eps):
+    """What normalises rows [N, HW, C] is rows scale + shift, both [N, C]: by sums of rows and of their squares."""
+    n, positions, c = rows.shape
+    size = positions * (c // groups)
+    mean = rows.sum(1).view(n, groups, -1).sum(2) / size  # [N, G]
+    var = (rows * rows).sum(1).view(n, groups, -1).sum(2) / size - mean**2
     scale = (var.clamp(min=0) + eps).rsqrt().repeat_interleave(c // groups, 1) * weight  # [N, C]
     return scale, bias - mean.repeat_interleave(c // groups, 1) * scale
 
@@ -137,7 +64,7 @@ def norm_rows(x, groups, weight, bias, eps, silu):
     weight and bias: [C], or [N, C]. One read for the sums and one read and write: made to be compiled.
     """
     rows = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale, shift = _scale_and_shift(rows.sum(1), (rows * rows).sum(1), x.shape[1], groups, weight, bias, eps)
+    scale, shift = _scale_and_shift(rows, groups, weight, bias, eps)
     y = rows * scale[:, None] + shift[:, None]
     return (F.silu(y) if silu else y).to(x.dtype)
 
@@ -175,13 +102,13 @@ class GroupNorm(nn.GroupNorm):
         if x.is_cuda and channels_last and (compiled := _compiled_norm()):
             return self._by_rows(compiled, x, silu, adapt)
         if channels_last and not x.is_cuda:
-            scale, shift = _scale_and_shift(*_Moments.apply(x), x[0, 0].numel(), self.num_groups, self.weight,
-                                            self.bias, self.eps)  # fmt: skip
-            y = _Affine.apply(x, scale.to(x.dtype), shift.to(x.dtype))
+            rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(torch.promote_types(x.dtype, torch.float32))  # [N, HW, C]
+            scale, shift = _scale_and_shift(rows, self.num_groups, self.weight, self.bias, self.eps)
+            y = torch.addcmul(shift[:, :, None, None].to(x.dtype), x, scale[:, :, None, None].to(x.dtype))
         else:
             y = super().forward(x)
         if adapt:
-            scale, shift = (part[:, :, None, None] for part in adapt)
+            scale, shift = (part[:, :, None, None].to(y.dtype) for part in adapt)
             y = torch.addcmul(shift, y, 1 + scale)
         return F.silu(y) if silu else y
 
@@ -201,17 +128,15 @@ class UNetBlock(nn.Module):
     Both sums are scaled by 1/sqrt(2), which keeps the variance (Song et al. 2021, appendix H).
     """
 
-    def __init__(self, fan_in, fan_out, emb, up=False, down=False, attention=False, dropout=0.0,
-                 resample_filter=(1, 1)):  # fmt: skip
+    def __init__(self, fan_in, fan_out, emb, up=False, down=False, attention=False, dropout=0.0):
         super().__init__()
-        self.in_channels, self.out_channels, self.dropout = fan_in, fan_out, dropout
-        resample = dict(up=up, down=down, resample_filter=resample_filter)
+        self.in_channels, self.dropout = fan_in, dropout
         self.norm0 = GroupNorm(fan_in)
-        self.conv0 = Conv2d(fan_in, fan_out, 3, **resample)
+        self.conv0 = Conv2d(fan_in, fan_out, 3, up, down)
         self.affine = Linear(emb, fan_out)
         self.norm1 = GroupNorm(fan_out)
         self.conv1 = Conv2d(fan_out, fan_out, 3, gain=1e-5)
-        self.skip = Conv2d(fan_in, fan_out, 1, **resample) if fan_in != fan_out or up or down else None
+        self.skip = Conv2d(fan_in, fan_out, 1, up, down) if fan_in != fan_out or up or down else None
         self.attention = attention
         if attention:
             self.norm2 = GroupNorm(fan_out)
@@ -234,77 +159,44 @@ class UNetBlock(nn.Module):
         return x
 
 
-class PositionalEmbedding(nn.Module):
-    """Sines and cosines of the noise label at `channels / 2` frequencies from 1 to 1/10000."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.half = channels // 2
-
-    def forward(self, label):
-        steps = torch.arange(self.half, dtype=label.dtype, device=label.device)
-        angle = label[:, None] * 1e-4 ** (steps / (self.half - 1))
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-class FourierEmbedding(nn.Module):
-    """Sines and cosines of the noise label at `channels / 2` random frequencies, drawn once and kept (NCSN++)."""
-
-    def __init__(self, channels, scale=16):
-        super().__init__()
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
-
-    def forward(self, label):
-        angle = label[:, None] * (2 * math.pi * self.freqs.to(label.dtype))
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
+def positional_embedding(label, channels):
+    """Sines and cosines of noise labels [N] at `channels / 2` frequencies from 1 to 1/10000: [N, channels]."""
+    steps = torch.arange(channels // 2, dtype=label.dtype, device=label.device)
+    angle = label[:, None] * 1e-4 ** (steps / (channels // 2 - 1))
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class SongUNet(nn.Module):
-    """DDPM++ and NCSN++: encoder and decoder of residual blocks with skip connections, attention where asked.
+    """DDPM++: encoder and decoder of residual blocks with skip connections, attention where asked.
 
     Input and output [N, channels, R, R]; `noise_label` is c_noise, [N]; class_labels one-hot [N, label_dim].
-    embedding_type "positional" or "fourier"; encoder_type "standard", or "residual": the downsampled image is added at
-    every level. Raises UserError for another name.
     """
 
     def __init__(self, img_resolution, channels, label_dim=0, augment_dim=0, model_channels=128,
-                 channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.0,
-                 embedding_type="positional", channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
-                 resample_filter=(1, 1)):
+                 channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.0):
         super().__init__()
-        for value, known in ((embedding_type, EMBEDDINGS), (encoder_type, ("standard", "residual")),
-                             (decoder_type, ("standard",))):  # fmt: skip
-            require(value in known, f"SongUNet: '{value}' is none of {', '.join(known)}")
         shrink = 2 ** (len(channel_mult) - 1)
         require(img_resolution % shrink == 0,
                 f"SongUNet: resolution {img_resolution} is not divisible by {shrink}, as its levels need")
-        emb, noise = channel_mult_emb * model_channels, channel_mult_noise * model_channels
+        emb = channel_mult_emb * model_channels
         widths = [model_channels * m for m in channel_mult]
         levels = [(img_resolution >> level, width) for level, width in enumerate(widths)]
-        self.map_noise = EMBEDDINGS[embedding_type](noise)
-        self.map_label = Linear(label_dim, noise) if label_dim else None
+        self.map_label = Linear(label_dim, model_channels) if label_dim else None
         # Augmentation labels are zero when sampling; the layer is here because the published weights hold it.
-        self.map_augment = Linear(augment_dim, noise, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(noise, emb)
+        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb)
         self.map_layer1 = Linear(emb, emb)
 
         def block(fan_in, fan_out, **options):
-            return UNetBlock(fan_in, fan_out, emb, dropout=dropout, resample_filter=resample_filter, **options)
+            return UNetBlock(fan_in, fan_out, emb, dropout=dropout, **options)
 
         self.enc = nn.ModuleDict()
-        width, image, skips = model_channels, channels, []  # image: channels of the image that is handed down
+        width, skips = model_channels, []
         for res, out in levels:
             if res == img_resolution:
                 self.enc[f"{res}x{res}_conv"] = Conv2d(channels, width, 3)
             else:
                 self.enc[f"{res}x{res}_down"] = block(width, width, down=True)
-                if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(image, width, 3, down=True, fused=True,
-                                                                   resample_filter=resample_filter)  # fmt: skip
-                    image = width
             skips.append(width)
             for idx in range(num_blocks):
                 self.enc[f"{res}x{res}_block{idx}"] = block(width, out, attention=res in attn_resolutions)
@@ -326,18 +218,15 @@ class SongUNet(nn.Module):
         self.dec[f"{res}x{res}_aux_conv"] = Conv2d(width, channels, 3, gain=1e-5)
 
     def forward(self, x, noise_label, class_labels=None):
-        emb = self.map_noise(noise_label)
+        emb = positional_embedding(noise_label, self.map_layer0.in_features)
         if self.map_label is not None:
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-        skips, image = [], x
-        for name, block in self.enc.items():
-            if name.endswith("aux_residual"):
-                x = skips[-1] = image = (x + block(image)) * math.sqrt(0.5)
-            else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-                skips.append(x)
+        skips = []
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x)
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
             x = block(x if x.shape[1] == block.in_channels else torch.cat([x, skips.pop()], dim=1), emb)

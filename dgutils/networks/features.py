@@ -48,31 +48,29 @@ def extract(images, encode: Callable, batch_size: int = 64, device: str = "cpu")
     return as_features(np.concatenate(features))
 
 
-def image_features(images, space: str = DEFAULT_SPACE, batch_size: int = 16, device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] of images uint8 [N,H,W,C], C 1 or 3, in a published space (see `metric_name`)."""
-    images = as_images(images, (1, 3))
+def image_features(images, space: str = DEFAULT_SPACE, batch_size: int | None = None, device="cpu") -> np.ndarray:
+    """Features float32 [N,d] of images uint8 [N,H,W,C], `batch_size` at a time (None: 16; by an extractor 250).
+
+    space: a published one, for 1 or 3 channels (see `metric_name`), or an extractor's name, whose features are averaged
+    over positions.
+    """
     on_device(device)
-    if space == "inception":
-        encode = _inception(weights.find("inception"), device)  # [B,2048]
-    else:
-        encode = _efficientnet_lite0(_resolution(space), device)  # [B,1280]
-    return extract(images, lambda x: encode(x.expand(-1, 3, -1, -1)), batch_size, device=device)
-
-
-def encode(images: np.ndarray, space: str, device: str = "cpu") -> np.ndarray:
-    """Features float32 [N,d] in a published space, or of an extractor (its name), averaged over positions."""
-    if published(space):
-        return image_features(images, space, device=device)
-    extractor = checkpoints.load_feature_extractor(space).to(device)
-    now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
-    return extract(images, lambda x: extractor.features(x, now).mean((2, 3)), 250, device=device)
+    if batch_size is None:
+        batch_size = 16 if published(space) else 250
+    if not published(space):
+        extractor = checkpoints.load_feature_extractor(space).to(device)
+        now = CLOCKS[checkpoints.clock(space)](torch.zeros(()))  # of clean images
+        return extract(images, lambda x: extractor.features(x, now).mean((2, 3)), batch_size, device)
+    images = as_images(images, (1, 3))
+    network = (_inception(weights.find("inception"), device) if space == "inception"  # [B,2048]
+               else _efficientnet_lite0(_resolution(space), device))  # [B,1280]
+    return extract(images, lambda x: network(x.expand(-1, 3, -1, -1)), batch_size, device)
 
 
 def _resolution(space: str) -> int:
     match = re.fullmatch(r"efficientnet-lite0@(\d{1,4})", str(space))
-    if not match or int(match[1]) < 32 or int(match[1]) % 32:
-        raise UserError(f"unknown feature space {space!r}: use 'inception' or 'efficientnet-lite0@<pixels>', "
-                        f"pixels a multiple of 32, such as {DEFAULT_SPACE!r}")
+    require(match and int(match[1]) and int(match[1]) % 32 == 0, f"unknown feature space {space!r}: use 'inception' or "
+            f"'efficientnet-lite0@<pixels>', pixels a multiple of 32, such as {DEFAULT_SPACE!r}")
     return int(match[1])
 
 

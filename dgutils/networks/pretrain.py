@@ -43,23 +43,20 @@ ARCHITECTURES = {"Denoiser": edm.Denoiser, "EncoderUNet": adm.EncoderUNet}
 def load_recipe(name: str) -> dict:
     """The recipe `assets/<name>.yaml`. Raises UserError, naming those that exist, if there is none, or it is wrong."""
     path = ASSETS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in ASSETS.glob("*.yaml") if p.stem != "registry"))
-        raise UserError(f"no recipe '{name}' in {ASSETS.name}; there are: {known}")
+    known = sorted(p.stem for p in ASSETS.glob("*.yaml") if p.stem != "registry")
+    require(path.is_file(), f"no recipe '{name}' in {ASSETS.name}; there are: {', '.join(known)}")
     try:
         recipe = yaml.safe_load(path.read_bytes())
-        for key, least in TRAINING.items():
-            value = recipe["training"][key]
-            if type(value) not in (int, type(least)) or not least <= value < math.inf:
-                raise UserError(f"{path}: {key} is {value!r}: give a number, at least {least}, written as 1.0e-4 is")
+        numbers = {key: recipe["training"][key] for key in TRAINING}
         with torch.device("meta"):  # its shapes alone
             ARCHITECTURES[recipe["architecture"]](**recipe["config"])
-    except UserError:
-        raise
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no recipe ({type(error).__name__}: {error}): compare it with another") from error
+    for key, value in numbers.items():
+        require(type(value) in (int, type(TRAINING[key])) and TRAINING[key] <= value < math.inf, f"{path}: {key} is "
+                f"{value!r}: give a number, at least {TRAINING[key]}, written as 1.0e-4 is")
     return recipe
 
 
@@ -72,10 +69,7 @@ def build(recipe: dict) -> nn.Module:
 
 
 class Draws:
-    """Random numbers for one step, a function of (seed, *key): the device's own, or NumPy's on a CPU or if asked.
-
-    normal: standard, float32; uniform: in [0, 1), float64.
-    """
+    """Random numbers for one step, a function of (seed, *key): the device's own, or NumPy's on a CPU or if asked."""
 
     def __init__(self, device: torch.device, seed: int, *key: int, by_numpy: bool = False):
         self.device, self.rng, self.generator = device, noise.keyed_rng(seed, *key), None
@@ -83,11 +77,13 @@ class Draws:
             self.generator = torch.Generator(device).manual_seed(int(self.rng.integers(2**63)))
 
     def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal, float32."""
         if self.generator:
             return torch.randn(shape, device=self.device, generator=self.generator)
         return torch.from_numpy(self.rng.standard_normal(shape, dtype=np.float32)).to(self.device)
 
     def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform in [0, 1), float64."""
         if self.generator:
             return torch.rand(shape, device=self.device, generator=self.generator, dtype=torch.float64)
         return torch.from_numpy(self.rng.random(shape)).to(self.device)
@@ -97,8 +93,7 @@ class Batches:
     """The training images on the device; batch number `step` is a function of (seed, step)."""
 
     def __init__(self, dataset: str, training: dict, device: torch.device):
-        images, labels = datasets.load_dataset(dataset, "train")
-        self.images, self.labels = torch.tensor(images, device=device), torch.tensor(labels, device=device)
+        self.images, self.labels = (torch.tensor(x, device=device) for x in datasets.load_dataset(dataset, "train"))
         self.size, self.seed, self.flips = (training[key] for key in ("batch_size", "seed", "horizontal_flip"))
         self.epoch = self.order = None
 
@@ -199,8 +194,8 @@ def _finite(name: str, losses: list[torch.Tensor], step: int) -> float:
     return float(np.mean(values))
 
 
-def train_network(name: str, out_dir: Path, threads: int | None = None, save_minutes: float = 5.0,
-                  minutes: float | None = None, device: torch.device | None = None,
+def train_network(name: str, out_dir: Path, save_minutes: float = 5.0, minutes: float | None = None,
+                  device: torch.device | None = None,
                   saved: Callable[[Path], None] = lambda weights: None) -> Path:  # fmt: skip
     """Train the network of recipe `name`; returns the path of the weights.
 
@@ -217,8 +212,6 @@ def train_network(name: str, out_dir: Path, threads: int | None = None, save_min
     """
     began = last_save = time.monotonic()
     require(minutes is None or 0 < minutes < math.inf, f"{minutes} minutes: give a number above 0")
-    require(threads is None or threads >= 1, f"{threads} threads: give at least 1")
-    torch.set_num_threads(threads or torch.get_num_threads())
     recipe, device = load_recipe(name), device or default_device()
     training, loss_of, on_gpu = recipe["training"], LOSSES[recipe["architecture"]], device.type == "cuda"
     torch.backends.cudnn.benchmark |= on_gpu  # the fastest convolutions, found by trying
@@ -290,19 +283,12 @@ def _write_card(weights: Path, card: dict) -> None:
     write_file(weights.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
 
 
-def write_parts(path: Path, folder: Path) -> list[Path]:
-    """Copy a file into `folder` as NAME.part0, NAME.part1, ... of at most `PART_BYTES` each; returns their paths.
-
-    Parts of an earlier, longer file are removed. `join` puts them together.
-    """
+def write_parts(path: Path, folder: Path) -> None:
+    """Copy a file into `folder` as NAME.part0, NAME.part1, ... of at most `PART_BYTES` each, for `join`."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, parts = path.read_bytes(), []
+    data = path.read_bytes()
     for number, start in enumerate(range(0, len(data), PART_BYTES)):
-        parts.append(folder / f"{path.name}.part{number}")
-        write_file(parts[-1], data[start : start + PART_BYTES])
-    for stale in set(folder.glob(f"{path.name}.part*")) - set(parts):
-        stale.unlink()
-    return parts
+        write_file(folder / f"{path.name}.part{number}", data[start : start + PART_BYTES])
 
 
 def join(name: str, folder: Path, out_dir: Path) -> Path:
@@ -313,11 +299,10 @@ def join(name: str, folder: Path, out_dir: Path) -> Path:
     card_path, path = folder / f"{name}.json", out_dir / f"{name}.safetensors"
     require(card_path.is_file(), f"{card_path} is absent: it belongs to the weights, and holds their checksum")
     card = json.loads(card_path.read_text())
-    parts = sorted(folder.glob(f"{path.name}.part*"), key=lambda part: int(part.name.rpartition("part")[2]))
+    parts = sorted(folder.glob(f"{path.name}.part*"), key=lambda part: int(part.suffix.removeprefix(".part")))
     data = b"".join(part.read_bytes() for part in parts)
-    require(hashlib.sha256(data).hexdigest() == card["sha256"],
-            f"{folder / path.name}.part*: the {len(parts)} parts are not the file with checksum {card['sha256'][:12]}: "
-            "is one missing, or of another file?")  # fmt: skip
+    require(hashlib.sha256(data).hexdigest() == card["sha256"], f"{folder / path.name}.part*: the {len(parts)} parts "
+            f"are not the file with checksum {card['sha256'][:12]}: is one missing, or of another file?")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_file(path, data)
     card["evaluation"] = card["evaluation"] or _evaluate(read_tensors(path)[0], card["recipe"], default_device())
@@ -343,11 +328,12 @@ def _evaluate(weights, recipe, device, n=2000) -> dict | None:
     chunks, loss_of = list(zip(x.split(250), y.split(250), strict=True)), LOSSES[recipe["architecture"]]
     draws = Draws(device, 0, 4, by_numpy=True)  # the same noise for every network, whatever the device
     result = {"n": n, "test_loss": float(np.mean([loss_of(model, a, b, draws).item() for a, b in chunks]))}
-    accuracies = {"accuracy_clean": 0.0, "accuracy_sigma_0.2": 0.2, "accuracy_sigma_1": 1.0}
-    for key, sigma in accuracies.items() if recipe["architecture"] == "EncoderUNet" else ():
-        level, hits = torch.tensor(sigma), 0
-        for a, b in chunks:
-            x_vp = noise.vp_scale(level) * (a + level * draws.normal(*a.shape))
-            hits += (model(x_vp, noise.sigma_to_vp_time(level).expand(len(a)).to(device)).argmax(1) == b).sum().item()
-        result[key] = hits / n
+    if recipe["architecture"] == "EncoderUNet":
+        for key, sigma in (("accuracy_clean", 0.0), ("accuracy_sigma_0.2", 0.2), ("accuracy_sigma_1", 1.0)):
+            level, hits = torch.tensor(sigma), 0
+            for a, b in chunks:
+                vp_time = noise.sigma_to_vp_time(level).to(device)
+                x_vp = noise.vp_scale(level) * (a + level * draws.normal(*a.shape))
+                hits += (model(x_vp, vp_time).argmax(1) == b).sum().item()
+            result[key] = hits / n
     return result

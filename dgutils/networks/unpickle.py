@@ -2,7 +2,7 @@
 
 A pickle is a program for a stack machine, and may call any function of any module. The reader here knows only
 the opcodes and the calls that those files are made of. It never looks a name up: what it builds are numbers,
-text, plain containers, tensors and `Saved` objects. A file that names anything else is refused, with the names.
+text, plain containers, tensors and `Saved` objects. A file that names anything else is refused, with the name.
 """
 
 import io
@@ -14,21 +14,9 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dgutils.errors import UserError, require
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name in the file, as inert as the text it is. Called, it is the function of ours that stands for it."""
-
-    module: str
-    name: str
-
-    def __call__(self, *arguments):
-        return _CALLS[self](*arguments) if self in _CALLS else self
 
 
 @dataclass
@@ -66,14 +54,6 @@ def _saved(meta):
     return Saved(meta["class_name"], args, kwargs, state)
 
 
-def _storage(data):
-    """The bytes that torch.save made of one tensor's numbers."""
-    _expect(type(data) is bytes, "a tensor without bytes")
-    storage = load_weights_only(io.BytesIO(data))
-    _expect(type(storage) is torch.storage.TypedStorage, "tensor bytes that hold something else")
-    return storage
-
-
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None):
     """A view of a storage, copied; it must lie inside, and hold no more elements than the storage does."""
     _expect(type(storage) is torch.storage.TypedStorage and type(size) is type(stride) is tuple
@@ -87,42 +67,23 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None):
     return torch.empty(0, dtype=dtype).set_(data, offset, size, stride).clone(memory_format=torch.contiguous_format)
 
 
-def _parameter(tensor, requires_grad=False, hooks=None):
-    _expect(type(tensor) is torch.Tensor, "a parameter without tensor")
-    return tensor
-
-
-def _dtype(text, align=False, copy=True):
-    _expect(type(text) is str and re.fullmatch("b1|[iuf][1248]", text), "a NumPy type other than of numbers")
-    return np.dtype(text)
-
-
-def _scalar(dtype, data):
-    """A NumPy number, as Python's own."""
-    _expect(type(data) is bytes and isinstance(dtype, np.dtype) and len(data) == dtype.itemsize, "a broken number")
-    return np.frombuffer(data, dtype)[0].item()
-
-
-def _set(members):
-    _expect(type(members) is list, "a set without members")
-    return set(_keys(members))
-
-
+# What the files may call, and what is called in its place.
 _CALLS = {
-    Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _saved,
-    Global("torch.nn.modules.container", "ModuleDict"): lambda: Saved("ModuleDict"),
-    Global("torch._utils", "_rebuild_parameter"): _parameter,
-    Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    Global("torch.storage", "_load_from_bytes"): _storage,
-    Global("numpy", "dtype"): _dtype,
-    Global("numpy.core.multiarray", "scalar"): _scalar,
-    Global("numpy._core.multiarray", "scalar"): _scalar,  # its name since NumPy 2
-    Global("collections", "OrderedDict"): lambda: {},
-    Global("dnnlib.util", "EasyDict"): lambda: {},  # a dict whose items are attributes too
-    Global("builtins", "set"): _set,
+    "torch_utils.persistence._reconstruct_persistent_obj": _saved,
+    "torch.nn.modules.container.ModuleDict": lambda: Saved("ModuleDict"),
+    "torch._utils._rebuild_parameter": lambda tensor, requires_grad=False, hooks=None: tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch.storage._load_from_bytes": lambda data: load_weights_only(io.BytesIO(data)),
+    # What no network's tensors or options depend on: NumPy's numbers become None, and sets lists.
+    "numpy.dtype": lambda name, align, copy: Saved("dtype"),
+    "numpy.core.multiarray.scalar": lambda dtype, data: None,
+    "numpy._core.multiarray.scalar": lambda dtype, data: None,  # its name since NumPy 2
+    "builtins.set": lambda members: members,
+    "collections.OrderedDict": lambda: {},
+    "dnnlib.util.EasyDict": lambda: {},  # a dict whose items are attributes too
 }
 _OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE
-    BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1
+    BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1
     TUPLE2 TUPLE3 APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL"""
 
 
@@ -137,40 +98,29 @@ class _Reader(pickle._Unpickler):
     dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code]
                          for code in (getattr(pickle, name)[0] for name in _OPCODES.split())})  # fmt: skip
 
-    def __init__(self, stream, refused):
-        super().__init__(stream)
-        self.refused = refused  # the unknown names, noted here; reading goes on, to find them all
-
     def find_class(self, module, name):
-        named = Global(module, name)
-        if named not in _CALLS:
-            self.refused.append(f"{module}.{name}")
+        if (named := _CALLS.get(f"{module}.{name}")) is None or "." in name:
+            raise _Refused(f"{module}.{name}")
         return named
 
     def call(self):
-        arguments = self.stack.pop()
-        _expect(type(arguments) is tuple and type(self.stack[-1]) is Global, "a call of something that is no name")
-        self.stack[-1] = self.stack[-1](*arguments)
+        arguments, called = self.stack.pop(), self.stack[-1]  # tensors' bytes may hold other functions, of torch
+        _expect(type(arguments) is tuple and any(called is ours for ours in _CALLS.values()), "a call of no name")
+        self.stack[-1] = called(*arguments)
 
     def set_items(self, items):
         _expect(type(self.stack[-1]) is dict, "items for a dict that is none")
         self.stack[-1].update(zip(_keys(items[::2]), items[1::2], strict=True))
 
-    def add_items(self):
-        items = self.pop_mark()
-        _expect(type(self.stack[-1]) is set, "items for a set that is none")
-        self.stack[-1].update(_keys(items))
-
     def build(self):
         state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is Saved:
-            _expect(type(state) is dict, "an object without attributes")
+        _expect(type(target) is Saved and type(state) in (dict, tuple), "attributes for something that has none")
+        if type(state) is dict:  # a tuple says how a NumPy type orders its bytes
             target.state.update(state)
-        else:  # a NumPy type's byte order is all that else has a state here
-            _expect(isinstance(target, np.dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)),
-                    "attributes for something that has none")  # fmt: skip
 
-    dispatch |= {pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build, pickle.ADDITEMS[0]: add_items,
+    dispatch |= {pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build,
+                 pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
+                 pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
                  pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
                  pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark())}  # fmt: skip
 
@@ -180,21 +130,16 @@ def read_pickle(path: Path):
 
     Raises UserError if the file is unreadable, cut short, or names anything beyond what network pickles need.
     """
-    refused = []
     try:
-        found = _Reader(io.BytesIO(Path(path).read_bytes()), refused).load()
+        return _Reader(io.BytesIO(Path(path).read_bytes())).load()
     except UserError as error:
         raise UserError(f"{path} refused: the bytes of a tensor in it: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     except _Refused as error:
-        refused.append(str(error))
+        raise UserError(f"{path} refused: it names {error}, which no network needs; nothing of it was run") from error
     except Exception as error:  # a program that does not work fails in a dozen ways
-        if not refused:
-            raise UserError(f"{path} is not a network pickle, or is cut short ({error}): get it again") from error
-    require(not refused, f"{path} refused: it names {', '.join(sorted(set(refused)))}, which no network needs; "
-            "nothing of it was run")  # fmt: skip
-    return found
+        raise UserError(f"{path} is not a network pickle, or is cut short ({error}): get it again") from error
 
 
 def state_dict(module: Saved, prefix: str = "") -> dict[str, torch.Tensor]:

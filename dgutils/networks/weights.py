@@ -8,7 +8,6 @@ used, and enforced from then on. A folder with a file REHEARSAL holds random sta
 import functools
 import json
 import os
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,13 @@ from pathlib import Path
 import yaml
 
 from dgutils.errors import UserError, require
-from dgutils.files import digest_of_file, write_file
+from dgutils.files import digest_of_file, disk_errors, write_file
 from dgutils.paths import weights_dir
 
 REGISTRY = Path(__file__).resolve().parent.parent / "assets" / "registry.yaml"
 REHEARSAL = "REHEARSAL"
 DRIVE = "https://drive.google.com/"
 _MAGIC = {".pkl": (b"\x80",), ".pt": (b"PK", b"\x80"), ".npz": (b"PK",)}  # \x80: a pickle; PK: a zip archive
-_PACKED = (("tar", 257, b"ustar"), ("gzip", 0, b"\x1f\x8b"), ("bzip2", 0, b"BZh"), ("xz", 0, b"\xfd7zXZ"),
-           ("7z", 0, b"7z\xbc\xaf"), ("rar", 0, b"Rar!"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,6 @@ class Published:
     @property
     def path(self) -> Path:
         return weights_dir() / self.file
-
-
-@dataclass(frozen=True)
-class Status:
-    """A file of the registry on this machine; state: absent, verified, unrecorded (its first use), altered."""
-
-    published: Published
-    state: str
-    bytes: int  # on disk; of an absent file: estimated
 
 
 @functools.cache
@@ -101,26 +89,12 @@ def _records() -> dict:
         raise UserError(f"{_checksums()} is not JSON ({error}): restore it, or delete it to record anew") from error
 
 
-def packed(path: Path) -> str | None:
-    """What a file is if it is packed and has to be unpacked first, in words; None for others."""
-    with open(path, "rb") as file:
-        start = file.read(262)
-    if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            inside = [name for name in archive.namelist() if Path(name).suffix in _MAGIC and
-                      Path(name).name not in ("data.pkl", "constants.pkl")]  # those are torch's own  # fmt: skip
-        return f"is a zip that holds {', '.join(inside[:3])}" if inside else None
-    return next((f"is a {kind} archive" for kind, at, magic in _PACKED if start[at:].startswith(magic)), None)
-
-
 def _difference(entry: Published, path: Path) -> str | None:
     """What is wrong with a file, in words; None if nothing is known to be."""
     known = {"sha256": entry.sha256} if entry.sha256 else _records().get(entry.file, {})
-    if archive := packed(path):
-        return archive
     with open(path, "rb") as file:
-        if not file.read(2).startswith(_MAGIC[Path(entry.file).suffix]):
-            return f"begins like a web page or another format, not like a {Path(entry.file).suffix} file"
+        if not file.read(2).startswith(_MAGIC[path.suffix]):
+            return f"begins like a web page, an archive or another format, not like a {path.suffix} file"
     if (size := path.stat().st_size) != known.get("bytes", size):
         return f"has {size:,} bytes, not the {known['bytes']:,} expected"
     if sha256_of(path) != known.get("sha256", sha256_of(path)):
@@ -135,42 +109,21 @@ def record(name: str) -> None:
         return
     size, digest = entry.path.stat().st_size, sha256_of(entry.path)
     records[entry.file] = {"bytes": size, "sha256": digest, "url": entry.url}
-    try:
+    with disk_errors(weights_dir()):  # of a shared folder links in one of your own will do
         write_file(_checksums(), (json.dumps(records, indent=1, sort_keys=True) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"cannot write {_checksums()} ({error.strerror}): set DGUTILS_WEIGHTS to a folder where you "
-                        "can; links to the files will do") from error
 
 
 def find(name: str) -> Path:
     """The file of `name`, checked. Raises UserError if it is absent or altered, saying how to get it."""
     entry = published(name)
     if not entry.path.is_file():
-        for archive in filter(zipfile.is_zipfile, weights_dir().glob("*.zip")):
-            if entry.file in [Path(inside).name for inside in zipfile.ZipFile(archive).namelist()]:
-                raise UserError(f"{archive} holds {entry.file}: unpack it there, so that it is {entry.path}")
         where = "a file of" if entry.url.startswith(DRIVE) else "from"
         raise UserError(f"{entry.file} is not in {weights_dir()}: run `python -m dgutils fetch {name}`, "
-                        f"or download it by hand ({where} {entry.url}) and put it there")
-    if archive := packed(entry.path):
-        raise UserError(f"{entry.path} {archive}: unpack it, and put {entry.file} itself in its place")
+                        f"or download it by hand ({where} {entry.url}), unpack what is packed, and put it there")
     if difference := _difference(entry, entry.path):
         raise UserError(f"{entry.path} {difference}: delete it and fetch it again, or, if you replaced it on "
                         f"purpose, remove its entry from {_checksums()}")
     return entry.path
-
-
-def status(names: Iterable[str]) -> list[Status]:
-    """What is here, and what a fetch would bring. Touches no network."""
-    found = []
-    for entry in map(published, names):
-        if not entry.path.is_file():
-            found.append(Status(entry, "absent", int(entry.megabytes * 1e6)))
-            continue
-        intact = "verified" if entry.sha256 or entry.file in _records() else "unrecorded"
-        state = "altered" if _difference(entry, entry.path) else intact
-        found.append(Status(entry, state, entry.path.stat().st_size))
-    return found
 
 
 def _download(entry: Published, target: Path) -> None:
@@ -193,15 +146,6 @@ def _download(entry: Published, target: Path) -> None:
     gdown.download(**source, output=str(target), resume=True, use_cookies=False, retries=3, timeout=60)
 
 
-def _reason(error: Exception) -> str:
-    """Why a file was not fetched, on one line: the system's own words, if it is the system that refused first."""
-    first = error
-    while first.__context__:
-        first = first.__context__
-    words = first.strerror if isinstance(first, OSError) and first.strerror else error
-    return " ".join(str(words).split())[:200]
-
-
 def fetch(names: Iterable[str]) -> None:
     """Bring the named files into the weights folder: resumed, verified, renamed when whole.
 
@@ -221,8 +165,12 @@ def fetch(names: Iterable[str]) -> None:
         except UserError:
             raise
         except Exception as error:  # gdown's, requests' and the system's are a dozen types; all mean: not fetched
-            raise UserError(f"cannot fetch {entry.file} ({_reason(error)}): run the same command again to go on, or "
-                            f"delete {partial.parent} to begin anew, or download it by hand from {entry.url} to "
+            first = error
+            while first.__context__:  # the system's own words, if it is the system that refused first
+                first = first.__context__
+            reason = str(getattr(first, "strerror", None) or error)[:200]
+            raise UserError(f"cannot fetch {entry.file} ({reason}): run the same command again to go on, or delete "
+                            f"{partial.parent} to begin anew, or download it by hand from {entry.url} to "
                             f"{entry.path}") from error
         if difference:
             partial.unlink()

@@ -2,14 +2,13 @@
 
 import ast
 import linecache
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.paths import repo_root
 from dgutils.pipeline.parameters import Parameters
 
@@ -20,28 +19,23 @@ def sources(begin: str | tuple[str, ...] = "") -> list[Path]:
     """The numbered notebooks whose names begin so. Raises UserError if there are none."""
     folder = repo_root() / "notebooks"
     every = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not (found := [path for path in every if path.stem.startswith(begin)]):
-        wanted = begin if isinstance(begin, str) else " or ".join(begin)
-        there = ", ".join(path.stem for path in every) or "none"
-        raise UserError(f"no notebook begins with {wanted}: there are {there} in {folder}")
+    found = [path for path in every if path.stem.startswith(begin)]
+    require(found, f"no notebook begins with {begin if isinstance(begin, str) else ' or '.join(begin)}: there are "
+            f"{', '.join(path.stem for path in every) or 'none'} in {folder}")
     return found
 
 
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook, whose cell of parameters declares names of `Parameters`, by literals. Raises UserError if not."""
-    name, content = f"notebooks/{path.name}", path.read_bytes()
-    if marked := re.search(rb"^(<{7} |={7}$|>{7} )", content, re.M):
-        line = content.count(b"\n", 0, marked.start()) + 1
-        raise UserError(f"{name}, line {line}: a conflict marker of git: finish the merge first")
+    name = f"notebooks/{path.name}"
     try:
-        notebook = nbformat.reads(content.decode(), as_version=4)
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
     except Exception as error:  # nbformat has many of its own
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} is no notebook: {first}: restore it with git") from error
+        raise UserError(f"{name} is no notebook: {first}: finish git's merge, or restore it with git") from error
     tagged = _tagged(path, notebook, {"parameters"})
-    if len(tagged) != 1:
-        raise UserError(f"{name} has {len(tagged)} cells with the tag `parameters`: give it to one, in JupyterLab's "
-                        "property inspector")
+    require(len(tagged) == 1, f"{name} has {len(tagged)} cells with the tag `parameters`: give it to one, in "
+            "JupyterLab's property inspector")
     seen = set()
     for line in tagged[0][1].body:
         declared = getattr(getattr(line, "target", None) or getattr(line, "targets", [None])[0], "id", None)
@@ -49,9 +43,8 @@ def read(path: Path) -> nbformat.NotebookNode:
             ast.literal_eval(line.value)
         except (AttributeError, ValueError, TypeError):
             declared = None
-        if declared not in Parameters.model_fields or declared in seen:
-            raise UserError(f"{tagged[0][0]}: {ast.unparse(line)[:60]!r}: write `name: type = value` only, a known "
-                            "parameter, once, and a plain value")
+        require(declared in Parameters.model_fields and declared not in seen, f"{tagged[0][0]}: "
+                f"{ast.unparse(line)[:60]!r}: write `name: type = value` only, a known parameter, once, a plain value")
         seen.add(declared)
     return notebook
 
@@ -89,6 +82,5 @@ def experiment_of(path: Path, values: Mapping[str, Any]):
                             "may use each other only)") from error
         if "parameters" in tags:
             namespace |= values
-    if "experiment" not in namespace:
-        raise UserError(f"notebooks/{path.name} makes no `experiment` in a cell with the tag `setup`")
+    require("experiment" in namespace, f"notebooks/{path.name} makes no `experiment` in a cell with the tag `setup`")
     return namespace["experiment"]

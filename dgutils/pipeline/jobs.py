@@ -28,7 +28,7 @@ from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
 from dgutils.machine import device, log_line, resolve_precision
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import init_head
-from dgutils.networks.features import encode
+from dgutils.networks.features import image_features
 from dgutils.noise import RESAMPLING, PerSampleNoise, class_labels, karras_sigmas, keyed_rng, vp_sigmas
 from dgutils.paths import results_dir, runs_dir, torchrun_ranks, verbose
 from dgutils.pipeline import ranks
@@ -562,7 +562,7 @@ def features(store: Store, images: ImageSet | RealSet, space: str) -> np.ndarray
 
     def compute_shard(rows):
         try:
-            values = encode(pixels()[rows.start : rows.stop], space, str(device()))
+            values = image_features(pixels()[rows.start : rows.stop], space, device=str(device()))
         except NotFiniteRows as error:  # it counts from the shard's first
             numbers = [rows.start + row for row in error.rows[:8]]
             which = f"seeds {[images.seeds[i] for i in numbers]}" if images.seeds else f"images {numbers}"

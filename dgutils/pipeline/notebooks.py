@@ -19,10 +19,11 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError
 from traitlets import default
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.files import FULL_DISK, digest_of_file, disk_errors, lock
-from dgutils.paths import data_places, figures_dir, repo_root, results_dir, runs_dir, verbose, weights_dir
+from dgutils.paths import figures_dir, repo_root, results_dir, runs_dir, verbose, weights_dir
 from dgutils.pipeline import cells, parameters
+from dgutils.sources import places
 from dgutils.terminal import OURS, Screen, log_file, note, tally
 
 SENTINEL = "NOTEBOOK COMPLETE: "  # + the notebook's name: what its last code cell prints
@@ -83,7 +84,7 @@ def state_of(source: Path, p: parameters.Parameters) -> tuple[str, str] | None:
     large), and the results of the notebooks before it. It wrote its results and its figures, and the store is there.
     """
     number, package, root = source.name[:2], Path(__file__).resolve().parents[1], repo_root()
-    results, folders = sorted(results_dir(p.profile).glob("*.json")), data_places(p.dataset)
+    results, folders = sorted(results_dir(p.profile).glob("*.json")), places(p.dataset)
     files = [source, *package.rglob("*.py"), *package.glob("assets/*.yaml"), *root.glob("requirements.txt"),
              *(path for path in results if path.name[:2] < number)]
     written = [*results_dir(p.profile).glob(f"{number}.json"), *figures_dir(p.profile).glob(f"{number}_*")]
@@ -173,8 +174,7 @@ def run_profile(profile: str, only: str | Iterable[str] | None = None, overrides
     One that is `unchanged` is not executed again, unless `force`. It prints a line for each notebook when it is done,
     and how many artifacts were found and made.
     """
-    if cell_timeout < 0:
-        raise UserError(f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
+    require(cell_timeout >= 0, f"--cell-timeout {cell_timeout}: give seconds, or 0 for no limit")
     values = parameters.load(profile, overrides)  # what is wrong with them is said before anything runs
     selected = cells.sources(tuple([only] if isinstance(only, str) else only or values.notebooks))
     for source in selected:

@@ -159,9 +159,8 @@ class Parameters(BaseModel):
                 continue
             config = checkpoints.network_config(network, kind)
             its = config.get("img_channels", config.get("in_channels"))
-            if kind != "discriminator" and its != channels:
-                raise UserError(f"{name} {network} is of images with {its} channels, those of {self.dataset} have "
-                                f"{channels}: choose a network of that dataset")
+            require(kind == "discriminator" or its == channels, f"{name} {network} is of images with {its} channels, "
+                    f"those of {self.dataset} have {channels}: choose a network of that dataset")
         return self
 
 
@@ -198,16 +197,14 @@ def load_profile(profile: str, _above: tuple[str, ...] = ()) -> dict[str, Any]:
     """What notebooks/profiles/<profile>.yaml, and the profiles that it is based on, say; its `profile` is its name."""
     folder = repo_root() / "notebooks" / "profiles"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if profile not in known:
-        raise UserError(f"unknown profile {profile}: there are {', '.join(known) or 'none'} in {folder}")
+    require(profile in known, f"unknown profile {profile}: there are {', '.join(known) or 'none'} in {folder}")
     path = folder / f"{profile}.yaml"
-    if profile in _above:
-        raise UserError(f"{path}: profiles are based on each other in a circle: {' on '.join((*_above, profile))}")
+    require(profile not in _above,
+            f"{path}: profiles are based on each other in a circle: {' on '.join((*_above, profile))}")
     values = _yaml(path.read_bytes(), str(path))
     require(isinstance(values := {} if values is None else values, dict), f"{path} must hold lines `name: value`")
-    base = values.pop("base", None)
-    if values.get("profile", profile) != profile:
-        raise UserError(f"{path}: profile is {values['profile']!r}, but the file is named {profile}")
+    base, its = values.pop("base", None), values.get("profile", profile)
+    require(its == profile, f"{path}: profile is {its!r}, but the file is named {profile}")
     return (load_profile(base, (*_above, profile)) if base else {}) | values | {"profile": profile}
 
 
@@ -242,7 +239,7 @@ def _check(values: Mapping[str, Any], source: str) -> "Parameters":
 def load(profile: str, overrides: Mapping[str, Any] | None = None, source: str = "--set") -> Parameters:
     """The parameters of a profile, with some of them changed. source: who changed them, for messages."""
     values, overrides = load_profile(profile), dict(overrides or {})
-    if overrides.get("profile", profile) != profile:
-        raise UserError(f"{source}: profile is set to {overrides['profile']!r}: choose it with --profile only")
+    its = overrides.get("profile", profile)
+    require(its == profile, f"{source}: profile is set to {its!r}: choose it with --profile only")
     found = _check(values, f"profile {profile}")
     return _check(values | overrides, source) if overrides else found

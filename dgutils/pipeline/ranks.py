@@ -3,14 +3,20 @@
 A rank is a process with a GPU of its own, joined by NCCL, or with a share of the GPUs or cores, joined by Gloo; without
 torchrun there is a group of one. Ranks make the same calls in the same order; what they make depends neither on their
 number nor on who made it.
+A rank that dies takes its group along: torchrun starts all of them again, and what the store holds is found.
 """
 
+import json
+import logging
 import math
 import os
 import re
 import secrets
+import signal
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +24,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dgutils.paths import torchrun_ranks
+from dgutils.errors import UserError, require
+from dgutils.paths import cores, torchrun_ranks
 
-TIMEOUT = 360.0  # minutes that ranks wait for each other: longer than any shard takes
+MAX_RESTARTS = 3  # of the group, before a failure counts
+PATIENCE = timedelta(hours=6)  # after which a rank that others wait for counts as lost: longer than any shard takes
 
 
 class LostContact(RuntimeError):
@@ -74,13 +82,11 @@ class Group:
 
     def any(self, value: bool) -> bool:
         """Whether one of the ranks says so; all wait for each other."""
-        if self.world == 1:
-            return value
-        import torch
+        if self.world > 1:
+            import torch
 
-        said = torch.tensor(int(value))
-        self.sum(said)
-        return bool(said)
+            self.sum(value := torch.tensor(int(value)))
+        return bool(value)
 
     def agree(self, value: bool = False) -> bool:
         """What rank 0 said; the others wait for it."""
@@ -132,12 +138,11 @@ class Group:
         try:
             return call(*args)
         except RuntimeError as error:
-            reason = re.sub(r"^\[[^]]*\] *", "", first_line(error))  # without the place in torch's sources
+            reason = re.sub(r"^\[[^]]*\] *", "", _first_line(error))  # without the place in torch's sources
             raise LostContact(f"rank {self.rank} lost contact with the others ({reason})") from error
 
 
-def first_line(error: object) -> str:
-    """The first line of an error's text."""
+def _first_line(error: object) -> str:
     return str(error).strip().partition("\n")[0]
 
 
@@ -165,33 +170,107 @@ def alone():
 
 
 @contextmanager
-def join(timeout: float = TIMEOUT, minutes: float | None = None) -> Iterator[Group]:
+def join(minutes: float | None = None) -> Iterator[Group]:
     """Within this block the process is one of torchrun's ranks; without torchrun, a group of one.
 
-    timeout: minutes after which a rank that the others wait for counts as lost. minutes: after which nothing new is
-    begun (None: no limit). More ranks than GPUs share them: what a small network leaves idle, another rank uses.
+    minutes: after which nothing new is begun (None: no limit). More ranks than GPUs share them: what a small network
+    leaves idle, another rank uses.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    world = torchrun_ranks()
-    if world <= 1:
-        with _as(Group(deadline=deadline)) as alone:
-            yield alone
+    if (world := torchrun_ranks()) <= 1:
+        with _as(Group(deadline=deadline)) as one:
+            yield one
         return
     import torch
     import torch.distributed as dist
 
-    rank, local_rank, device = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), None
-    backend = "gloo"
+    rank, local_rank, backend, device = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "gloo", None
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(local_rank % gpus)
         if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:  # NCCL refuses ranks that share one
             backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout)))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=timeout),
-                            device_id=device)
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE, device_id=device)
     key = [secrets.token_hex(8)]
     dist.broadcast_object_list(key)
     with _as(Group(rank, world, rank == 0, deadline, store, key[0])) as joined:
         yield joined
         joined.barrier()  # rank 0 keeps the key-value store: it leaves last
     dist.destroy_process_group()
+
+
+# --- starting ranks, and saying in one line why they stopped
+
+
+def _failures(folder: Path) -> list[dict]:
+    """What the ranks of one start left in torchrun's error files: {"message", "kind"}, the cause before its effects."""
+    found = [json.loads(path.read_text())["message"] for path in sorted(folder.glob("*/error.json"))]
+    return sorted(found, key=lambda failure: failure["kind"] == "LostContact")
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Under torchrun, leave why this rank stopped where its agent shows it, and exit with a status.
+
+    A UserError would come again: the ranks that torchrun starts after one repeat it and stop at once. The process ends
+    with the block: where Gloo was used, Python's own way out aborts now and then ("terminate called without an active
+    exception"), and a rank that had done its work would count as failed.
+    """
+    if not (torchrun_ranks() and os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        yield
+        return
+    file, attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who sent it to torchrun hears from torchrun
+    status = 0
+    try:
+        earlier = _failures(file.parents[1].with_name(f"attempt_{attempt - 1}")) if attempt else []
+        if earlier and earlier[0]["kind"] == "UserError":
+            raise UserError(earlier[0]["message"])
+        if attempt and os.environ["RANK"] == "0":
+            why = earlier[0]["message"] if earlier else "a rank was killed"
+            print(f"dgutils: {why}; start {attempt + 1} of {1 + int(os.environ['TORCHELASTIC_MAX_RESTARTS'])} goes on"
+                  " where it was", file=sys.stderr, flush=True)  # fmt: skip
+        yield
+    except Exception as error:
+        kind, message, status = type(error).__name__, str(error), 2 if isinstance(error, UserError) else 1
+        if not isinstance(error, UserError | LostContact):
+            traceback.print_exc()
+            message = f"rank {os.environ['RANK']}: {kind}: {_first_line(error)}"
+        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        file.write_text(json.dumps({"message": {"message": message, "kind": kind, "extraInfo": about}}))
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)  # at once: taking down a broken group may hang, or end in a message of its own
+
+
+def run_ranks(nproc: int, command: Sequence[str], max_restarts: int = MAX_RESTARTS) -> None:
+    """Run a Python command (`-m dgutils work ...`, or a script) in `nproc` ranks on this machine, by torchrun.
+
+    The cores are divided among the ranks unless OMP_NUM_THREADS says otherwise. Raises UserError with the one
+    reason if they fail for good, KeyboardInterrupt on Ctrl-C. Call it in a process that does nothing else.
+    """
+    require(nproc > 0, f"NPROC is {nproc}: start at least 1 rank")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else they find dead ranks (PyTorch issue 135712)
+    # The ranks meet on the loopback device: a machine need not be able to resolve its own name.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    with tempfile.TemporaryDirectory() as logs:
+        logging.disable()  # what torchrun would tell in many lines we tell in one
+        try:
+            run(parse_args(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}",
+                            f"--max-restarts={max_restarts}", f"--log-dir={logs}", *command]))  # fmt: skip
+        except ChildFailedError as error:
+            if told := _failures(max(Path(logs).glob("*/attempt_*"), key=lambda path: int(path.name[8:]))):
+                raise UserError(told[0]["message"]) from None
+            rank, failure = error.get_first_failure()
+            raise UserError(f"rank {rank}: {_first_line(failure.message)}, {max_restarts} restarts were of no use;"
+                            " the same command goes on where it was") from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            sys.exit(128 + error.sigval)
+        finally:
+            logging.disable(logging.NOTSET)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from dgutils.errors import UserError
+from dgutils.errors import UserError, require
 from dgutils.files import digest_of_file, disk_errors, lock, save_array, sync, write_file
 from dgutils.machine import log_line, now, provenance
 from dgutils.pipeline import ranks
@@ -202,8 +202,7 @@ class Artifact:
 
         Both numbers enter the identity, since a row's last bits may depend on what was computed with it.
         """
-        if shard_size < 1 or first_seed < 0:
-            raise UserError(f"shard size {shard_size}, first seed {first_seed}: at least 1 and 0, please")
+        require(shard_size > 0 and first_seed >= 0, f"shard size {shard_size}, first seed {first_seed}: too small")
         identity = self.identity | {"shards": {"size": shard_size, "first_seed": first_seed}}
         return ShardedSet(Artifact(self.store, plain(identity), self.label), shard_size, first_seed)
 
@@ -222,8 +221,7 @@ class ShardedSet:
 
     def parts(self, n: int) -> list[Artifact]:
         """The shards that hold the first n rows."""
-        if n < 1:
-            raise UserError(f"{self.artifact.identity['step']}: {n} rows asked for; ask for at least 1")
+        require(n > 0, f"{self.artifact.identity['step']}: {n} rows asked for; ask for at least 1")
         return [replace(self.artifact, shard=shard) for shard in range(-(-n // self.shard_size))]
 
     def missing(self, n: int) -> list[Artifact]:
@@ -232,11 +230,6 @@ class ShardedSet:
         self.verified |= {part.shard for part in parts
                           if part.shard not in self.verified and part.path.is_dir() and not part.damage()}
         return [part for part in parts if part.shard not in self.verified]
-
-    def lacks(self, n: int) -> str:
-        """Why the first n rows are not here, whole; '' if they are."""
-        total, missing = len(self.parts(n)), len(self.missing(n))
-        return f"{total - missing} of {total} shards stored" if missing else ""
 
     def ensure(self, n: int, compute_shard: Callable[[range], dict[str, np.ndarray]]) -> "ShardedSet":
         """Have the first n rows: compute the shards that are missing, compute_shard(seeds) -> {name: rows}.
@@ -257,12 +250,13 @@ class ShardedSet:
                 self.verified.add(part.shard)
 
         with disk_errors(self.artifact.store.root):
-            why, group, size, parts = self.lacks(n), ranks.group(), self.shard_size, self.parts(n)
-            self.artifact.say(not why, f"{n} rows" + (f", {why}" if why else ""))
+            group, size, parts, missing = ranks.group(), self.shard_size, self.parts(n), self.missing(n)
+            stored = f", {len(parts) - len(missing)} of {len(parts)} shards stored" if missing else ""
+            self.artifact.say(not missing, f"{n} rows{stored}")
             here = {part.shard for part in parts} & self.verified
             group.barrier()  # all have seen what was here before any of them adds to it
             label = self.artifact.label or self.artifact.identity["step"]
-            with bar(len(parts) * size, label, len(here) * size, bool(why) and group.main) as rows:
+            with bar(len(parts) * size, label, len(here) * size, bool(missing) and group.main) as rows:
                 for position, part in group.deal(parts):  # first what is free
                     if part.shard in here:
                         continue

@@ -8,7 +8,6 @@ from dgutils import datasets
 from dgutils.pipeline import cells, jobs, parameters, ranks
 from dgutils.pipeline.experiment import Experiment, Score
 from dgutils.pipeline.jobs import Trained
-from dgutils.pipeline.launching import reporting
 
 SCORED_AT_ONCE = 8  # scores that ranks work on together: enough for all to have something to do
 
@@ -44,13 +43,12 @@ def needed(items: Iterable, lacks: Callable[[Any], bool] = lambda item: item.lac
     return [item for item in found.values() if item is not None]
 
 
-def work(profile: str, overrides: Mapping[str, Any] | None = None, timeout: float = ranks.TIMEOUT,
-         minutes: float | None = None) -> None:  # fmt: skip
+def work(profile: str, overrides: Mapping[str, Any] | None = None, minutes: float | None = None) -> None:
     """Fill the store of a profile with what its notebooks will ask for, in one process or as one of many ranks.
 
     minutes: after which it ends between two shards, epochs or scores, and says what is left.
     """
-    with reporting(), ranks.join(timeout, minutes) as group:
+    with ranks.reporting(), ranks.join(minutes) as group:
         declared = Declared(profile, overrides)
         with group.first():  # who comes first may have to download
             for split in ("train", "test"):

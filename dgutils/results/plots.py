@@ -65,10 +65,10 @@ def save_figure(fig: Figure, profile: str, name: str) -> Image:
 # --- what figures are made of
 
 
-def curves(ax, x, series: dict, **settings) -> None:
-    """A line for each series, label -> values; settings of the axis."""
+def curves(ax, x, series: dict, markevery: int = 1, **settings) -> None:
+    """A line for each series, label -> values, with a mark at each so many of them; settings of the axis."""
     for index, (label, values) in enumerate(series.items()):
-        ax.plot(x, values, **style(index), label=label)
+        ax.plot(x, values, **style(index), label=label, markevery=markevery)
     ax.set(**settings)
 
 
@@ -92,10 +92,10 @@ def dots(ax, intervals: dict, groups: dict | None = None, along: str = "x", holl
                     markerfacecolor="white" if label in hollow else look["color"])
     if along == "x":
         ax.set(yticks=range(len(intervals)), yticklabels=intervals, ylim=(len(intervals) - 0.5, -0.5))
+        ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     else:
         ax.set(xticks=range(len(intervals)), xticklabels=intervals, xlim=(-0.6, len(intervals) - 0.4))
-    line = ax.axvline if along == "x" else ax.axhline
-    line(0, color="0.4", linewidth=0.8, zorder=0)
+        ax.axhline(0, color="0.4", linewidth=0.8, zorder=0)
     ax.grid(axis=along)
 
 
@@ -166,18 +166,15 @@ def training_curves(histories: dict, chance: float) -> Figure:
 
     histories: name -> rows of `Trained.history`; chance: the loss that knows nothing, ln 2.
     """
-    fig, axes = panels(2, len(histories), 2.1, squeeze=False, sharey="row")
+    fig, axes = panels(2, len(histories), 2.1, squeeze=False, sharex="col", sharey="row")
     for (name, history), column in zip(histories.items(), axes.T, strict=True):
-        epochs = [entry["epoch"] for entry in history]
-        best = min(history, key=lambda entry: entry["val_loss"])["epoch"]
+        table = {key: [row[key] for row in history] for key in history[0]}
+        best = table["epoch"][np.argmin(table["val_loss"])]
         for ax, quantity, nothing in zip(column, ("loss", "accuracy"), (chance, 0.5), strict=True):
             ax.axhline(nothing, **FINE)
             ax.axvline(best, color="0.75", linewidth=2.5, zorder=0)
-            series = {label: [entry[f"{part}_{quantity}"] for entry in history]
-                      for part, label in (("train", "training"), ("val", "validation"))}
-            curves(ax, epochs, series, xlim=(0.5, len(epochs) + 0.5))
-            for line in ax.lines[-2:]:
-                line.set_markevery(max(1, len(epochs) // 5))
+            curves(ax, table["epoch"], {"training": table[f"train_{quantity}"], "validation": table[f"val_{quantity}"]},
+                   markevery=max(1, len(history) // 5), xlim=(0.5, len(history) + 0.5))
             ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
             ax.tick_params(labelsize=7)
         column[0].set_title(f"{name}\nbest: epoch {best}", fontsize=8, linespacing=1)
@@ -213,13 +210,13 @@ def differences(changes: dict, groups: dict, height: float = 3.2) -> Figure:
 
     changes: panel's axis label -> {arm: Interval}, two panels a row; groups: arm -> style index; height: at most, in.
     """
-    names = {arm: "\n".join(textwrap.wrap(arm, 52)) for arm in groups}
-    lines = sum(name.count("\n") + 1 for name in names.values())
+    names = [textwrap.fill(arm, 52) for arm in groups]
+    lines = sum(name.count("\n") + 1 for name in names)
     down = -(-len(changes) // 2)
     fig, axes = panels(down, min(2, len(changes)), min(height, down * (0.6 + 0.13 * lines)), sharey=True, squeeze=False)
     for ax, (label, arms) in zip(axes.flat, changes.items(), strict=False):
         dots(ax, arms, groups)
-        ax.set_yticklabels([names[arm] for arm in arms], linespacing=0.9)
+        ax.set_yticklabels([textwrap.fill(arm, 52) for arm in arms], linespacing=0.9)
         ax.set_xlabel(label + compress(ax, arms.values()), linespacing=1)
     return fig
 

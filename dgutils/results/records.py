@@ -36,8 +36,7 @@ def keep(profile: str) -> Path:
         if manifest and file.is_file() and digest_of_file(file) == manifest["files"][file.name]["sha256"]:
             found[manifest["digest"]] = json.loads(file.read_text())
     scores = read_kept(path)["scores"] | found
-    if not scores:
-        raise UserError(f"profile {profile} has no scores to keep: run `make reproduce PROFILE={profile}` first")
+    require(scores, f"profile {profile} has no scores to keep: run `make reproduce PROFILE={profile}` first")
     write_sealed(path, {"scores": scores, "lineage": lineage(profile, scores)}, 0)
     return path
 
@@ -106,8 +105,7 @@ class Results:
 
     def __getitem__(self, key: str) -> dict:
         """The record of a key. Raises UserError if there is none."""
-        if key not in self.records:
-            raise UserError(f"no result {key!r} in profile {self.profile}: record it, or mend the key")
+        require(key in self.records, f"no result {key!r} in profile {self.profile}: record it, or mend the key")
         return self.records[key]
 
     def text(self, key: str) -> str:
@@ -116,8 +114,7 @@ class Results:
 
     def cells(self, name: str, show=format_value, words=str) -> list[list[str]]:
         """A table's rows, its heads first, as text; `show` prints records and `words` labels."""
-        if name not in self.tables:
-            raise UserError(f"no table {name!r} in profile {self.profile}; there are {sorted(self.tables)}")
+        require(name in self.tables, f"no table {name!r} in profile {self.profile}; there are {sorted(self.tables)}")
         rows = [[words(label), *("" if key is None else show(self[key]) for key in keys)]
                 for label, *keys in self.tables[name]["rows"]]
         return [[words(head) for head in self.tables[name]["columns"]], *rows]
@@ -135,13 +132,12 @@ def load_results(profile: str) -> Results:
     """Every record of a profile. Raises UserError if there are none, or if a file is another profile's."""
     folder = results_dir(profile)
     paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise UserError(f"no results of profile {profile} in {folder}: run 'make reproduce PROFILE={profile}'")
+    require(paths, f"no results of profile {profile} in {folder}: run 'make reproduce PROFILE={profile}'")
     results = Results(profile, published(), {})
     for path in paths:
         content = read_results(path)
-        if content.get("profile") != profile:
-            raise UserError(f"{path} holds results of profile {content.get('profile')!r}: remove it")
+        its = content.get("profile")
+        require(its == profile, f"{path} holds results of profile {its!r}: remove it")
         for part in ("records", "tables", "figures"):
             known, new = getattr(results, part), content.get(part, {})
             if twice := known.keys() & new.keys():
@@ -172,8 +168,8 @@ def published() -> dict[str, dict]:
         "value": float(row["value"]) if "." in row["value"] else int(row["value"]), "unit": row["unit"],
         "digits": len(row["value"].partition(".")[2]), "label": row["note"], "source": row["source"],
         "where": row["where"]} for row in rows}
-    if len(records) < len(rows) or not all(KEY.fullmatch(key) for key in records):
-        raise UserError(f"{PUBLISHED}: a key stands there twice, or has other characters than a-z 0-9 . _ -")
+    require(len(records) == len(rows) and all(KEY.fullmatch(key) for key in records),
+            f"{PUBLISHED}: a key stands there twice, or has other characters than a-z 0-9 . _ -")
     return records
 
 
