@@ -4,7 +4,6 @@ Several heads learn side by side on one frozen extractor. Ranks, progress and ch
 """
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import nn
 from dgutils.discriminator import CLOCKS, RESAMPLINGS, MemberConfig, perturb
 from dgutils.errors import require
 from dgutils.noise import TRAINING, VALIDATION, keyed_rng, sample_vp_time
+from dgutils.recording import Recorded
 from dgutils.sampler import autocast
 
 
@@ -268,20 +268,28 @@ def _for_device(settings: TrainingSettings, device, ranks) -> TrainingSettings:
 
 
 class RecordedStep:
-    """One step of all members on a batch, which a CUDA graph replays: launching its thousands of kernels costs as one.
+    """A training step that is recorded, for members `trainees`; totals [1, M, 3] as of `part_losses`.
 
-    Members run beside each other, each on a stream of its own. Where `_member_on_part` repeats an image that a member
-    sees often, and leaves out one that it does not see, this weights it: shapes stay the same. On a CPU, and for the
-    first WARM batches of an epoch, it runs as it stands.
+    Where `_member_on_part` repeats an image that a member sees often, and leaves out one that it does not see, this
+    weights it: shapes stay the same.
     """
 
-    WARM = 3  # kernels are chosen, and Adam's state is made, before anything is recorded
-
     def __init__(self, extractor, settings: TrainingSettings, trainees: list[Trainee], device):
-        self.extractor, self.precision, self.trainees, self.device = extractor, settings.precision, trainees, device
-        self.inputs = self.graph = None
-        self.calls, self.totals = 0, torch.zeros(1, len(trainees), 3, dtype=torch.float64, device=device)
-        self.streams = [torch.cuda.Stream() for _ in trainees] if device.type == "cuda" else []
+        self.extractor, self.precision, self.trainees = extractor, settings.precision, trainees
+        self.totals = torch.zeros(1, len(trainees), 3, dtype=torch.float64, device=device)
+        self.recorded = Recorded(self._step, device)
+
+    def __call__(self, batch: Batch) -> bool:
+        """Do the step; False, and nothing done, for a batch of which a member sees nothing."""
+        seen = torch.stack([batch.seen_by(trainee) for trainee in self.trainees])
+        if complete := bool(seen.sum(1).all()):
+            self.recorded(batch.x_vp, batch.label, batch.time, seen.float())
+        return complete
+
+    def _step(self, x_vp, label, time, seen) -> None:
+        with torch.no_grad(), autocast(x_vp.device, self.precision):
+            features = self.extractor.features(x_vp, time)
+        self.recorded.beside([partial(self._member, m, features, label, time, seen[m]) for m in range(len(seen))])
 
     def _member(self, m: int, features, label, time, seen) -> None:
         trainee = self.trainees[m]
@@ -293,49 +301,6 @@ class RecordedStep:
         trainee.optimizer.step()
         hits = ((logit > 0) == (label > 0.5)).float()
         self.totals[0, m] += torch.stack([(one * seen).sum() for one in (losses.detach(), hits, torch.ones_like(hits))])
-
-    def _run(self) -> None:
-        x_vp, label, time, seen = self.inputs
-        with torch.no_grad(), autocast(self.device, self.precision):
-            features = self.extractor.features(x_vp, time)
-        if not self.streams:
-            for m in range(len(self.trainees)):
-                self._member(m, features, label, time, seen[m])
-            return
-        here = torch.cuda.current_stream()
-        for m, stream in enumerate(self.streams):
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                self._member(m, features, label, time, seen[m])
-        for stream in self.streams:
-            here.wait_stream(stream)
-
-    def __call__(self, batch: Batch) -> bool:
-        """Do the step; False, and nothing done, for a batch of which a member sees nothing."""
-        seen = torch.stack([batch.seen_by(trainee) for trainee in self.trainees]).float()
-        if not seen.sum(1).all():
-            return False
-        given = (batch.x_vp, batch.label, batch.time, seen)
-        if self.inputs is None:
-            self.inputs = [value.to(self.device) for value in given]
-        for mine, value in zip(self.inputs, given, strict=True):
-            mine.copy_(value)
-        self.calls += 1
-        if self.streams and self.calls == self.WARM + 1:
-            self._record()
-        self.graph.replay() if self.graph else self._run()
-        return True
-
-    def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._run()
-            self.graph = graph
-        except RuntimeError as error:  # an old driver, or a layer that waits for the device: slower, not worse
-            self.streams = []
-            why = str(error).partition("\n")[0][:100]
-            print(f"the training step is not recorded ({why}): slower", file=sys.stderr)
 
 
 def _records(device, parts: int) -> bool:
