@@ -66,6 +66,8 @@ PUBLISHED = {
     "edm-cifar10-32x32-cond-vp": (55_735_299, "740b096010232034"),
     "edm-cifar10-32x32-uncond-ve": (56_397_827, "9f4e045d77df6be9"),
     "edm-cifar10-32x32-cond-ve": (56_400_643, "35f55bbe1d6e3227"),
+    "edm-cifar10-uncond-vp-ddo": (55_733_891, "1c5f38fd273af62a"),  # the same network, other weights
+    "neon-edm-cifar10-uncond": (55_733_891, "1c5f38fd273af62a"),
     "edm-ffhq-64x64-uncond-vp": (61_805_571, "327e9abfb3a00b61"),
     "edm-ffhq-64x64-uncond-ve": (62_761_091, "9f1188b393e2e0f6"),
     "edm-afhqv2-64x64-uncond-vp": (61_805_571, "327e9abfb3a00b61"),

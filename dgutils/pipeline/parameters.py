@@ -106,6 +106,7 @@ class Parameters(BaseModel):
     published_discriminator: str = Field("", description="a published head on the same extractor, an arm of its own")
     conditional_network: str = Field("", description="a class-conditional denoiser, for arms of its own")
     conditional_discriminator: str = Field("", description="the published head that guides it")
+    stronger_networks: list[str] = Field([], description="other denoisers of the same images, an unguided arm each")
     cfg_weights: list[Real] = Field([], description="of classifier-free guidance by both networks, an arm each")
     ancestral_steps: int = Field(23, ge=0, le=10_000, description="of DDPM's sampler, an arm of its own; 0 for none")
     # why the ensemble failed (notebook 06)
@@ -145,11 +146,12 @@ class Parameters(BaseModel):
                 f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
         require("wrong_file" not in self.ladder or len(self.member_names) >= 4,
                 "the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
-        for name in ("member_names", "feature_spaces", "ladder", "variants", "families"):
+        for name in ("member_names", "feature_spaces", "stronger_networks", "ladder", "variants", "families"):
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{name} has {max(values, key=values.count, default='')} twice")
         channels = {"fashion_mnist": 1, "cifar10": 3}[self.dataset]
         used = [(name, getattr(self, name), kind) for name, kind in NETWORKS.items()]
+        used += [("stronger_networks", network, "denoiser") for network in self.stronger_networks]
         used += [("feature_spaces", space, "extractor") for space in self.feature_spaces if not published(space)]
         for name, network, kind in used:
             if not network and not Parameters.model_fields[name].default:  # may be left out
