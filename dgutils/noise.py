@@ -15,7 +15,7 @@ from dgutils.errors import require
 BETA_MIN, BETA_MAX = 0.1, 20.0
 
 # Third word of `keyed_rng`'s key: the use that a stream of random numbers serves; the sampler's is 0.
-TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5
+TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING, LIKELIHOOD = 1, 2, 3, 4, 5, 6
 
 
 def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):

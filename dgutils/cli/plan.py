@@ -16,7 +16,7 @@ from dgutils.errors import UserError
 from dgutils.machine import device, provenance, resolve_precision
 from dgutils.networks import checkpoints, weights
 from dgutils.noise import karras_sigmas, sigma_to_vp_time
-from dgutils.pipeline.jobs import Guidance, ImageSet, Sampling, Trained
+from dgutils.pipeline.jobs import Guidance, ImageSet, Likelihood, Sampling, Trained
 from dgutils.pipeline.parameters import Parameters
 from dgutils.pipeline.work import Declared, needed
 from dgutils.sampler import network_denoiser, nfe
@@ -70,6 +70,12 @@ def _training(trained: Trained) -> Step:
     return Step(f"training: {trained.label}, {epochs} epochs", images, work)
 
 
+def _likelihood(item: Likelihood) -> Step:
+    evaluations = len(item.rows.missing(item.n)) * item.rows.shard_size * (6 * item.levels - 4)
+    work = Counter(score=evaluations, gradient=evaluations if item.guide else 0)
+    return Step(f"likelihood: {item.label}", item.n, work)
+
+
 def steps(declared: Declared) -> list[Step]:
     """What a profile's notebooks need and the store lacks, each once: what is trained, then what is drawn.
 
@@ -83,12 +89,13 @@ def steps(declared: Declared) -> list[Step]:
             features.pop((images.digest, score.space), None)
     items, wanted = needed([score.images for score in lacking] + declared.made), defaultdict(Counter)
     same: dict[str, dict] = {}  # images that are equal -> the sets of them, of different numbers
-    for images in [item for item in items if not isinstance(item, Trained)] + list(features.values()):
+    for images in [item for item in items if isinstance(item, ImageSet)] + list(features.values()):
         same.setdefault(_which(images), {})[images.digest] = images
     for (_, space), images in features.items():
         wanted[_which(images)][space] += images.n
     return [*(_training(item) for item in items if isinstance(item, Trained)),
-            *(_images(list(sets.values()), wanted[key]) for key, sets in same.items())]
+            *(_images(list(sets.values()), wanted[key]) for key, sets in same.items()),
+            *(_likelihood(item) for item in items if isinstance(item, Likelihood))]
 
 
 def _which(images) -> str:

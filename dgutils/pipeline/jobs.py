@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from scipy.optimize import minimize_scalar
 
-from dgutils import datasets, metrics
+from dgutils import datasets, likelihood, metrics
 from dgutils.arrays import NotFiniteRows
 from dgutils.discriminator import Ensemble, evaluate_logits
 from dgutils.errors import UserError, require
@@ -37,7 +37,7 @@ from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sam
 from dgutils.terminal import bar, note
 from dgutils.training import Split, TrainingSettings, train_discriminators
 
-VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "evaluate": 1}
+VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "evaluate": 1, "likelihood": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
 PILOT = range(3_000_000, 3_000_064)  # seeds on which norms are measured, apart from all that are scored
 
@@ -639,3 +639,62 @@ class Score:
         record = {name: {"value": resampled.value, "draws": resampled.draws.tolist()}
                   for name, resampled in (("fd", fd), ("kid", pairs.kid))}
         (folder / "scores.json").write_text(json.dumps({"manifold": pairs.manifold} | record))
+
+
+@dataclass(eq=False)
+class Likelihood:
+    """How likely real images are under a score network, guided or not (dgutils/likelihood.py); by name until `ensure`.
+
+    A likelihood is a field's, not a sampler's: guidance acts everywhere by the mean of its two weights, unboosted; in
+    float32. The noise is keyed by the number of the image, so that guided and unguided likelihoods share it.
+    """
+
+    store: Store
+    images: RealSet
+    sampling: Sampling
+    guide: Guidance | None = None
+    label: str = "likelihood"
+    levels: int = 24
+
+    def __post_init__(self):
+        self.sampling = sampling = replace(self.sampling, precision="float32")
+        config = {name: getattr(sampling, name) for name in ("score_network", "sigma_max")} | {"levels": self.levels}
+        inputs = {"images": self.images.digest, "score_network": checkpoints.weights_digest(sampling.score_network)}
+        if self.guide:
+            weight = (self.guide.weight_1st_order + self.guide.weight_2nd_order) / 2
+            self.guide = replace(self.guide, weight_1st_order=weight, weight_2nd_order=weight, boosting="none")
+            config["guidance"] = less_defaults(self.guide, "discriminators")
+            inputs["discriminators"] = self.guide.discriminators.digest
+        artifact = self.store.artifact("likelihood", VERSIONS["likelihood"], config, inputs, self.label)
+        self.n, self.sources = self.images.n, self.guide.discriminators.trainings if self.guide else ()
+        self.rows = artifact.shards(min(sampling.batch_size, self.n))
+        self.digest = self.rows.digest(self.n)
+
+    @property
+    def lacks(self) -> bool:
+        """Whether some images' likelihoods are still to be computed."""
+        return bool(self.rows.missing(self.n))
+
+    def ensure(self) -> "Likelihood":
+        """Have them, and before them what guides; the ranks of a group call it together."""
+        if self.sources and ranks.group().agree(self.lacks):
+            for trained in self.sources:
+                trained.ensure()
+
+        def compute_shard(rows):
+            images = self.images.images[rows.start : rows.stop]
+            x = likelihood.dequantise(images, rows[: len(images)])
+            denoise = make_denoiser(self.sampling, self.guide)
+            sigmas = likelihood.noise_levels(self.sampling.sigma_max, self.levels)
+            found = likelihood.log_density(denoise, x.to(device()), rows[: len(x)], sigmas)
+            bits = likelihood.bits_per_dim(found, x[0].numel()).numpy(force=True)
+            return {"bits": np.pad(bits, (0, len(rows) - len(bits)))}  # the last shard may want a few
+
+        self.rows.ensure(self.n, compute_shard)
+        return self
+
+    def mean(self, num_resamples: int = 1000) -> metrics.Resampled:
+        """Bits a dimension, the mean over images: `.interval()`, or `.minus()` that of the same images, guided else."""
+        with ranks.alone():
+            self.ensure()
+        return metrics.resample(np.mean, self.rows.load(self.n, "bits"), num_resamples, seed=0)

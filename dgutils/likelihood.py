@@ -1,0 +1,75 @@
+"""The likelihood of images under a denoiser, guided or not, by the probability-flow ODE (Song et al. 2021, section 4.3).
+
+The sampler follows dx/dsigma = (x - D(x, sigma)) / sigma downwards. Upwards the same path leads from an image to the
+latent that the sampler would make it of, and what the field stretches on the way is what the density loses:
+
+    log p(x) = log N(x(sigma_max); 0, sigma_max^2 I) + integral of (d - div D) dlog(sigma)  from sigma_min to sigma_max.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from dgutils.noise import LIKELIHOOD, keyed_rng
+from dgutils.sampler import Denoise
+
+PROBE = 0.01  # the step of differences, in noise levels: the scale on which denoisers vary
+
+
+def dequantise(images: np.ndarray, seeds) -> torch.Tensor:
+    """uint8 [N, H, W, C] as points of a density: float64 [N, C, H, W], about [-1, 1].
+
+    Each number is moved by noise, uniform over one grey level, 1/127.5, about it: a function of the image's seed.
+    """
+    noise = np.stack([keyed_rng(int(seed), 0, LIKELIHOOD).random(images.shape[1:]) for seed in seeds])
+    return torch.from_numpy(((images + noise - 0.5) / 127.5 - 1).transpose(0, 3, 1, 2).copy())
+
+
+def noise_levels(sigma_max: float, levels: int, sigma_min: float = 0.002) -> torch.Tensor:
+    """Increasing noise levels, float64 [levels], in equal steps of log(sigma), as the trapezoidal rule likes them."""
+    return torch.linspace(math.log(sigma_min), math.log(sigma_max), levels, dtype=torch.float64).exp()
+
+
+def divergence(denoise: Denoise, x: torch.Tensor, sigma: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
+    """Hutchinson's estimate of div D [N] at x [N, C, H, W]: v . dD/dx v for a probe v of random signs.
+
+    By central differences, since a guided D is a gradient already, and the networks' layers differentiate only once.
+    """
+    step = (PROBE * sigma)[:, None, None, None] * probe
+    change = denoise(x + step, sigma, 0, 1) - denoise(x - step, sigma, 0, 1)
+    return (probe * change).flatten(1).sum(1) / (2 * PROBE * sigma)
+
+
+def log_density(denoise: Denoise, x: torch.Tensor, seeds, sigmas: torch.Tensor) -> torch.Tensor:
+    """log p [N] in nats at points x, float64 [N, C, H, W], of the model noised by the lowest level.
+
+    sigmas: as of `noise_levels`. Between them steps of the classical Runge-Kutta method, whose error at 24 levels
+    is below 0.001 bits a dimension on Gaussians (Heun's: 0.03); at each of the L levels a new probe an image, a function of its seed. Evaluations
+    of the denoiser: 6 L - 4 an image.
+    """
+    sigmas, (n, dim) = sigmas.to(x.device), x.flatten(1).shape
+
+    def slope(x, sigma):
+        return (x - denoise(x, sigma.expand(n), 0, 1)) / sigma
+
+    half = torch.nn.functional.pad(sigmas.log().diff() / 2, (1, 1))
+    stretched = x.new_zeros(n)
+    for i, (sigma, weight) in enumerate(zip(sigmas, half[1:] + half[:-1], strict=True)):
+        signs = np.stack([keyed_rng(int(seed), i + 1, LIKELIHOOD).choice((-1.0, 1.0), x.shape[1:]) for seed in seeds])
+        stretched += weight * (dim - divergence(denoise, x, sigma.expand(n), torch.from_numpy(signs).to(x.device)))
+        if i + 1 < len(sigmas):
+            step = sigmas[i + 1] - sigma
+            first = slope(x, sigma)
+            second = slope(x + step / 2 * first, sigma + step / 2)
+            third = slope(x + step / 2 * second, sigma + step / 2)
+            x = x + step / 6 * (first + 2 * second + 2 * third + slope(x + step * third, sigma + step))
+    return stretched - x.flatten(1).square().sum(1) / (2 * sigma**2) - dim * (math.log(2 * math.pi) / 2 + sigma.log())
+
+
+def bits_per_dim(log_density: torch.Tensor, dim: int) -> torch.Tensor:
+    """Negative log-likelihood of grey levels in bits a dimension, from the density of what `dequantise` makes of them.
+
+    A grey level is 1/127.5 wide, hence log2(127.5); an upper bound on average (Theis et al. 2016).
+    """
+    return math.log2(127.5) - log_density / (dim * math.log(2))
