@@ -87,10 +87,11 @@ class FrechetReference:
     def at_infinity(self, features, sizes: int = 8, seed: int = 0) -> float:
         """The distance extrapolated to infinitely many images (Chong & Forsyth 2020): a line fitted in 1/n, at 0.
 
-        The points are random parts of the set, from half of it to all. It holds where n is several times d; below, a
-        part of the bias stays, and so does what the reference's own number of images adds.
+        The points are random parts of the set, from half of it to all. What the reference's own number of images adds
+        stays. Raises UserError below 5 rows a dimension: there the bias is no line (near n = d, FD falls below 0).
         """
-        x, rng = as_features(features, at_least=4, like=self.mean), np.random.default_rng(seed)
+        x, rng = as_features(features, like=self.mean), np.random.default_rng(seed)
+        require(len(x) >= 5 * x.shape[1], f"{len(x)} images with {x.shape[1]} features: give at least 5 a feature")
         parts = [rng.permutation(len(x))[:n] for n in np.linspace(len(x) / 2, len(x), sizes).astype(int)]
         large = len(x) >= 20 * x.shape[1]
         distances = [self.distance(x[part]) for part in parts] if large else self._exact_distances(x, parts)
@@ -298,8 +299,8 @@ def nearest(x, among, block: int = 1024, device="cpu") -> tuple[np.ndarray, np.n
     on_device(device)
     among = as_features(among)
     x, rows = as_features(x, like=among[0]), torch.from_numpy(np.require(among, requirements="CW")).to(device)
-    which = [torch.cdist(torch.from_numpy(np.array(part)).to(rows), rows).argmin(1).cpu() for _, part in blocks(x, block)]
-    which = torch.cat(which).numpy()
+    parts = (torch.from_numpy(np.array(part)).to(rows) for _, part in blocks(x, block))
+    which = torch.cat([torch.cdist(part, rows).argmin(1).cpu() for part in parts]).numpy()
     return np.linalg.norm(x - among[which], axis=1), which  # anew, since products lose digits where rows are alike
 
 

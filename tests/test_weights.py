@@ -90,7 +90,7 @@ def fetch():
 
 def test_registry_is_complete():
     names = list(weights.registry())
-    assert len(names) == 18 and {"edm-cifar10-32x32-uncond-vp", "neon-edm-cifar10-uncond", "discriminator_60", "inception"} <= set(names)
+    assert len(names) == 18 and {"edm-cifar10-32x32-uncond-vp", "discriminator_60", "inception"} <= set(names)
     for entry in weights.registry().values():
         assert entry.url.startswith("https://") and entry.licence and entry.what and entry.megabytes > 0
         assert entry.kind in ("denoiser", "extractor", "discriminator", "inception", "data")

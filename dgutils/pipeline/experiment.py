@@ -113,7 +113,7 @@ class Experiment:
         """Say what this notebook will use: image sets, to be scored, and discriminators, to be trained.
 
         arms: name -> an image set, discriminators, or a list of them. spaces: in which feature spaces they are scored
-        (default: all; [] for none, as of likelihoods: only made). reference: the real images that they are scored against.
+        (default: all; [] for none: only made). reference: the real images that they are scored against.
         """
         spaces = self.parameters.feature_spaces if spaces is None else spaces
         for one in (one for arm in arms.values() for one in (arm if isinstance(arm, list) else [arm])):

@@ -657,36 +657,32 @@ class Likelihood:
     levels: int = 24
 
     def __post_init__(self):
-        self.sampling = sampling = replace(self.sampling, precision="float32")
-        config = {name: getattr(sampling, name) for name in ("score_network", "sigma_max")} | {"levels": self.levels}
-        inputs = {"images": self.images.digest, "score_network": checkpoints.weights_digest(sampling.score_network)}
+        self.sampling, self.n, self.sources = replace(self.sampling, precision="float32"), self.images.n, ()
+        config = {name: getattr(self.sampling, name) for name in ("score_network", "sigma_max")}
+        config, inputs = config | {"levels": self.levels}, {"images": self.images.digest}
+        inputs["score_network"] = checkpoints.weights_digest(self.sampling.score_network)
         if self.guide:
             weight = (self.guide.weight_1st_order + self.guide.weight_2nd_order) / 2
+            self.sources = self.guide.discriminators.trainings
             self.guide = replace(self.guide, weight_1st_order=weight, weight_2nd_order=weight, boosting="none")
             config["guidance"] = less_defaults(self.guide, "discriminators")
             inputs["discriminators"] = self.guide.discriminators.digest
         artifact = self.store.artifact("likelihood", VERSIONS["likelihood"], config, inputs, self.label)
-        self.n, self.sources = self.images.n, self.guide.discriminators.trainings if self.guide else ()
-        self.rows = artifact.shards(min(sampling.batch_size, self.n))
+        self.rows = artifact.shards(min(self.sampling.batch_size, self.n))
         self.digest = self.rows.digest(self.n)
 
-    @property
-    def lacks(self) -> bool:
-        """Whether some images' likelihoods are still to be computed."""
-        return bool(self.rows.missing(self.n))
+    lacks = ImageSet.lacks
 
     def ensure(self) -> "Likelihood":
-        """Have them, and before them what guides; the ranks of a group call it together."""
-        if self.sources and ranks.group().agree(self.lacks):
-            for trained in self.sources:
-                trained.ensure()
+        """Have it, and before it what guides; the ranks of a group call it together."""
+        for trained in self.sources if ranks.group().agree(self.lacks) else ():
+            trained.ensure()
 
         def compute_shard(rows):
             images = self.images.images[rows.start : rows.stop]
-            x = likelihood.dequantise(images, rows[: len(images)])
-            denoise = make_denoiser(self.sampling, self.guide)
-            sigmas = likelihood.noise_levels(self.sampling.sigma_max, self.levels)
-            found = likelihood.log_density(denoise, x.to(device()), rows[: len(x)], sigmas)
+            seeds, sigmas = rows[: len(images)], likelihood.noise_levels(self.sampling.sigma_max, self.levels)
+            x = likelihood.dequantise(images, seeds).to(device())
+            found = likelihood.log_density(make_denoiser(self.sampling, self.guide), x, seeds, sigmas)
             bits = likelihood.bits_per_dim(found, x[0].numel()).numpy(force=True)
             return {"bits": np.pad(bits, (0, len(rows) - len(bits)))}  # the last shard may want a few
 
@@ -696,5 +692,5 @@ class Likelihood:
     def mean(self, num_resamples: int = 1000) -> metrics.Resampled:
         """Bits a dimension, the mean over images: `.interval()`, or `.minus()` that of the same images, guided else."""
         with ranks.alone():
-            self.ensure()
-        return metrics.resample(np.mean, self.rows.load(self.n, "bits"), num_resamples, seed=0)
+            bits = self.ensure().rows.load(self.n, "bits")
+        return metrics.resample(np.mean, bits, num_resamples, seed=0)
