@@ -293,24 +293,21 @@ def kid(x, y) -> float:
 # ---- copies ----------------------------------------------------------------------------
 
 
-def nearest(x, among, block: int = 1024, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+def nearest(x, among, device="cpu") -> tuple[np.ndarray, np.ndarray]:
     """For each row of x [N,d] its distance [N] to the nearest row of `among` [M,d], and that row's number [N]."""
-    whole(1, block=block)
     on_device(device)
     among = as_features(among)
     x, rows = as_features(x, like=among[0]), torch.from_numpy(np.require(among, requirements="CW")).to(device)
-    parts = (torch.from_numpy(np.array(part)).to(rows) for _, part in blocks(x, block))
+    parts = (torch.from_numpy(np.array(part)).to(rows) for _, part in blocks(x, 1024))
     which = torch.cat([torch.cdist(part, rows).argmin(1).cpu() for part in parts]).numpy()
     return np.linalg.norm(x - among[which], axis=1), which  # anew, since products lose digits where rows are alike
 
 
 def copying(distances, held_out) -> float:
-    """The share of pairs in which the generated image is nearer to the training images than the held-out real one.
+    """The share of pairs in which a generated image is nearer to the training images than a held-out real one.
 
-    distances, held_out: of the two sets to the nearest training image (`nearest`). 0.5: as near as unseen images are;
-    1: copies (Meehan et al. 2020, without their cells).
+    Given the distances of both (`nearest`). 0.5: as near as unseen images are; 1: copies (Meehan et al. 2020).
     """
-    distances, held_out = as_array(distances), as_array(held_out)
     return float(mannwhitneyu(held_out, distances).statistic / (len(held_out) * len(distances)))
 
 
@@ -435,11 +432,10 @@ def two_sample_test(x, y, ridge: float = 0.01, level: float = 0.95) -> Interval:
     """Accuracy of a linear classifier that tells x [N,d] from y [M,d], on rows that it has not seen: 0.5 is chance.
 
     The classifier two-sample test (Lopez-Paz & Oquab 2017), by logistic regression on features of variance 1/d. Even
-    rows are judged by what odd ones taught, and the other way round; of the larger set as many rows as of the smaller
-    are used, its first. The interval is Wilson's, for that many right answers.
+    rows are judged by what odd ones taught, and the other way round, as many of both sets. The interval is Wilson's.
     """
     x, n = as_features(x, at_least=4), min(len(x), len(y))
-    x, y = x[:n].astype(np.float64), as_features(y, at_least=4, like=x[0])[:n].astype(np.float64)
+    x, y = x[:n], as_features(y, at_least=4, like=x[0])[:n]
     both, signs, odd, right = np.concatenate([x, y]), np.repeat([1.0, -1.0], n), np.tile(np.arange(n) % 2, 2) == 1, 0
     for test in (odd, ~odd):
         mean, scale = both[~test].mean(0), both[~test].std(0) * both.shape[1] ** 0.5

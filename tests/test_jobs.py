@@ -288,6 +288,30 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
     assert np.array_equal(resumed.images, whole.images)
 
 
+def test_likelihoods_are_found_again_resumed_and_the_same_in_any_batch(store):
+    fakes, real = jobs.ImageSet(store, sampling(), 40), jobs.RealSet("fashion_mnist", "test", 6)
+    guide = jobs.Guidance(jobs.Trained(store, training(), fakes), (0,), weight_1st_order=2.0, boosting="released")
+    one = jobs.Likelihood(store, real, sampling(batch_size=4), guide, levels=3)
+    assert one.lacks and one.sources == guide.discriminators.trainings and not list(store.root.glob("*"))
+    first, shards = one.ensure(), list(store.root.glob("likelihood/*/shard_*"))
+    assert len(shards) == 2 and not one.lacks
+    shutil.rmtree(shards[1])
+    again = jobs.Likelihood(store, real, sampling(batch_size=4), guide, levels=3)
+    assert again.digest == one.digest and again.lacks
+    assert again.ensure().value == first.value and np.array_equal(again.ensure().draws, first.draws)
+    made = len(store.lines)
+    assert jobs.Likelihood(store, real, sampling(batch_size=4), guide, levels=3).ensure().value == first.value
+    assert [line.split()[0] for line in store.lines[made:]] == ["HIT"]
+    other = jobs.Likelihood(store, real, sampling(batch_size=2), guide, levels=3)
+    assert abs(other.ensure().value - first.value) < 1e-3  # in batches of another size
+    plain = jobs.Likelihood(store, real, sampling(batch_size=4), levels=3)
+    assert plain.sources == () and plain.ensure().value != first.value
+    assert first.minus(plain.ensure()).value == first.value - plain.ensure().value
+    # of guidance the mean of both weights counts, unboosted
+    same = jobs.replace(guide, weight_1st_order=0.0, weight_2nd_order=2.0, boosting="none")
+    assert jobs.Likelihood(store, real, sampling(batch_size=4), same, levels=3).digest == one.digest
+
+
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden.json")
 
 
@@ -303,12 +327,16 @@ def measured(store) -> dict:
     x = jobs.sample(sampling(), range(2), guidance)
     real = jobs.RealSet("fashion_mnist", "test", 60)
     scores = jobs.Score(store, fakes, real, "tiny", 5).ensure()
+    few = jobs.RealSet("fashion_mnist", "test", 4)
+    nll = jobs.Likelihood(store, few, sampling(), guidance, levels=3)
+    nll.ensure()
     numbers = {
         "generate": x[0, 0, ::7, ::7].flatten().tolist(),
         "train": [row["val_loss"] for history in trained.history for row in history],
         "logits": jobs.held_out_logits(store, trained, [0.1])[0].flatten()[:8].tolist(),
         "features": jobs.features(store, fakes, "tiny")[0].tolist(),
         "evaluate": [scores.fd.value, scores.kid.value, *scores.fd.draws, *scores.manifold.values()],
+        "likelihood": nll.rows.load(4, "bits").tolist(),
     }
     return {step: {"version": jobs.VERSIONS[step], "values": values} for step, values in numbers.items()}
 

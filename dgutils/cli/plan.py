@@ -71,9 +71,8 @@ def _training(trained: Trained) -> Step:
 
 
 def _likelihood(item: Likelihood) -> Step:
-    evaluations = len(item.rows.missing(item.n)) * item.rows.shard_size * (6 * item.levels - 4)
-    work = Counter(score=evaluations, gradient=evaluations if item.guide else 0)
-    return Step(f"likelihood: {item.label}", item.n, work)
+    work = len(item.rows.missing(item.n)) * item.rows.shard_size * (6 * item.levels - 4)
+    return Step(f"likelihood: {item.label}", item.n, Counter(score=work, gradient=work if item.guide else 0))
 
 
 def steps(declared: Declared) -> list[Step]:

@@ -101,10 +101,9 @@ class Experiment:
         return Trained(self.store, training, fakes, label, better)
 
     def likelihoods(self, guides: Mapping[str, Guidance | None]) -> dict[str, Likelihood]:
-        """Label -> the likelihood, guided so, of the first num_likelihood test images; none if there are to be none."""
-        n = self.parameters.num_likelihood
+        """Label -> the likelihood, guided so, of the first num_likelihood test images; nothing if that is 0."""
         return {label: Likelihood(self.store, self.real("test", n), self.sampling(), guide, label)
-                for label, guide in guides.items() if n}
+                for label, guide in guides.items() if (n := self.parameters.num_likelihood)}
 
     # --- what is to be made
 

@@ -658,9 +658,9 @@ class Likelihood:
 
     def __post_init__(self):
         self.sampling, self.n, self.sources = replace(self.sampling, precision="float32"), self.images.n, ()
-        config = {name: getattr(self.sampling, name) for name in ("score_network", "sigma_max")}
-        config, inputs = config | {"levels": self.levels}, {"images": self.images.digest}
-        inputs["score_network"] = checkpoints.weights_digest(self.sampling.score_network)
+        network, sigma_max = self.sampling.score_network, self.sampling.sigma_max
+        config = {"score_network": network, "sigma_max": sigma_max, "levels": self.levels}
+        inputs = {"images": self.images.digest, "score_network": checkpoints.weights_digest(network)}
         if self.guide:
             weight = (self.guide.weight_1st_order + self.guide.weight_2nd_order) / 2
             self.sources = self.guide.discriminators.trainings
@@ -673,8 +673,11 @@ class Likelihood:
 
     lacks = ImageSet.lacks
 
-    def ensure(self) -> "Likelihood":
-        """Have it, and before it what guides; the ranks of a group call it together."""
+    def ensure(self) -> metrics.Resampled:
+        """Bits a dimension, the mean over images: `.interval()`, or `.minus()` that of the same images, guided else.
+
+        What guides is trained first. The ranks of a group call it together.
+        """
         for trained in self.sources if ranks.group().agree(self.lacks) else ():
             trained.ensure()
 
@@ -686,11 +689,5 @@ class Likelihood:
             bits = likelihood.bits_per_dim(found, x[0].numel()).numpy(force=True)
             return {"bits": np.pad(bits, (0, len(rows) - len(bits)))}  # the last shard may want a few
 
-        self.rows.ensure(self.n, compute_shard)
-        return self
-
-    def mean(self, num_resamples: int = 1000) -> metrics.Resampled:
-        """Bits a dimension, the mean over images: `.interval()`, or `.minus()` that of the same images, guided else."""
-        with ranks.alone():
-            bits = self.ensure().rows.load(self.n, "bits")
-        return metrics.resample(np.mean, bits, num_resamples, seed=0)
+        bits = self.rows.ensure(self.n, compute_shard).load(self.n, "bits")
+        return metrics.resample(np.mean, bits, 1000, seed=0)

@@ -109,6 +109,7 @@ class Parameters(BaseModel):
     stronger_networks: list[str] = Field([], description="other denoisers of the same images, an unguided arm each")
     cfg_weights: list[Real] = Field([], description="of classifier-free guidance by both networks, an arm each")
     ancestral_steps: int = Field(23, ge=0, le=10_000, description="of DDPM's sampler, an arm of its own; 0 for none")
+    num_tested: int = Field(320, ge=0, le=10**7, description="images of every arm that are tested, sought in training")
     num_likelihood: int = Field(0, ge=0, le=10_000, description="test images whose likelihood is computed; 0 for none")
     # why the ensemble failed (notebook 06)
     ladder: list[Fault] = Field([], description="faults of the study's ensemble, in the order in which they are mended")

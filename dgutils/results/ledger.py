@@ -292,35 +292,34 @@ class Ledger:
 
     # --- claims
 
-    def claim(self, key: str, text: str, arm: BySpace | None, baseline: BySpace | None, section: str,
+    def claim(self, key: str, text: str, arm: BySpace | Likelihood | None, baseline, section: str,
               sign: float | None = None, published_as: tuple[str, str] | None = None) -> None:
         """State a claim and test it: in each feature space by the sign of arm less baseline in KID, then in one word.
 
         It asserts either a sign, or that of the change between two published numbers, keys of published.csv. Without
-        an arm it is not testable at this scale. Records claim.<key>.<space>.kid_change, .n, .trainings and .summary.
-        arm, baseline may also be likelihoods (jobs.Likelihood): then claim.<key>.nll_change decides.
+        an arm it is not testable at this scale. Records claim.<key>.<space>.kid_change, .n, .trainings and .summary;
+        of two likelihoods claim.<key>.nll_change, which decides.
         """
         if published_as:
             before, after = (published()[name]["value"] for name in published_as)
             sign = after - before
-        verdicts, name, tested = {}, f"claim.{key}", {}  # slot -> where, what and the key of its change
+        name, tested = f"claim.{key}", {}  # slot -> where, what and the key of its change
         if isinstance(arm, Likelihood):
             n, trainings, tested = arm.n, 1, {"first": ("test images", "NLL", f"{name}.nll_change")}
-            self.value(f"{name}.nll_change", arm.mean().minus(baseline.mean()), f"NLL of {arm.label} minus "
+            self.value(f"{name}.nll_change", arm.ensure().minus(baseline.ensure()), f"NLL of {arm.label} minus "
                        f"{baseline.label}", section, unit="bits/dim", n=n, artifacts=[arm.digest, baseline.digest])
         elif arm is not None:
             n, trainings = arm["first"][0].arm.n, len(arm["first"])
             self.change(name, arm, baseline, section, only=["kid"])
             tested = {slot: (self.spaces[slot], "KID x 1000", f"{name}.{slot}.kid_change") for slot in arm}
+        verdicts = {slot: verdict(sign, *self.records[of]["interval"]) for slot, (_, _, of) in tested.items()}
         if tested:
-            verdicts = {slot: verdict(sign, *self.records[of]["interval"]) for slot, (_, _, of) in tested.items()}
             self.value(f"{name}.n", n, f"{text}: n", section)
             self.value(f"{name}.trainings", trainings, f"{text}: trainings", section)
         word = summary(list(verdicts.values()))
         word = word if published_as else word.replace("reproduced", "supported")  # nobody published it before
         self.value(f"{name}.summary", word, f"{text}: summary", section)
-        self.claims[key] = {"text": text, "published": published_as or (None, None), "verdicts": verdicts,
-                            "tested": tested}
+        self.claims[key] = dict(text=text, published=published_as or (None, None), verdicts=verdicts, tested=tested)
 
     def family(self, name: str, caption: str, section: str, alpha: float = 0.05) -> Markdown:
         """Test all claims so far as one family, in the first feature space; record and show their table.
