@@ -201,6 +201,16 @@ def test_plan_counts_the_trainings_of_the_ladder_and_the_worse_images():
     assert "fake set, num steps 6" in labels and "fake set" in labels
 
 
+def test_plan_counts_likelihoods_once_where_there_are_to_be_some(small):
+    assert not [step for step in small[0] if step.label.startswith("likelihood")]
+    declared = Declared("quick", dict(num_likelihood=10, batch_size=5, shard_size=5))
+    found = {step.label: step for step in plan.steps(declared) if step.label.startswith("likelihood")}
+    assert found.keys() == {"likelihood: unguided", "likelihood: guidance by Paper"}  # notebook 05's are the same
+    unguided, guided = found.values()
+    assert unguided.work == {"score": 10 * (6 * 24 - 4), "gradient": 0} and guided.work["gradient"] == 10 * 140
+    assert unguided.n == guided.n == 10
+
+
 def test_plan_lists_each_image_once(small):
     steps, _ = small
     assert len({step.label for step in steps if step.work["score"]}) == sum(bool(step.work["score"]) for step in steps)
