@@ -36,9 +36,11 @@ Boosting = Literal["none", "released", "paper"]
 Family = Literal["strength", "fault", "controls", "quality", "world", "overfitting"]
 Fault = Literal["steps", "raw_logits", "sequential", "wrong_file", "last_epoch", "boosting", "batch_size"]
 NETWORKS = {"score_network": "denoiser", "conditional_network": "denoiser", "feature_extractor": "extractor",
-            "published_discriminator": "discriminator", "conditional_discriminator": "discriminator"}  # fmt: skip
+            "published_discriminator": "discriminator", "conditional_discriminator": "discriminator",
+            "worse_network": "denoiser"}  # fmt: skip
 Variant = Literal["bootstrap", "disjoint", "best", "long", "overfitted", "overfitted_best", "full", "full_best",
                   "full_raw", "worse", "tasks"]  # fmt: skip
+Later = Literal["reconstruction", "diffrs", "sims", "neon", "autoguidance"]
 
 
 class AsRun(BaseModel):
@@ -121,6 +123,10 @@ class Parameters(BaseModel):
     strengths: list[Weight] = Field([2.0, 1.0, 4.0, 8.0], description="guidance weights of its ensembles")
     overfit_images: int = Field(2000, ge=10, le=10**7, description="real, and generated, of its overfitted member")
     worse_steps: int = Field(6, ge=2, le=10_000, description="Heun steps of the worse sampler of two variants")
+    # what came after (notebook 05)
+    later_methods: list[Later] = Field([], description="later methods, over `repeats` trainings, beside guidance")
+    copy_steps: Count = Field(300, description="of training a copy of the score network, for sims and neon")
+    worse_network: str = Field("", description="from which autoguidance leads away: an earlier score network")
     # sensitivity (notebook 05)
     num_sweep: Count = Field(160, description="images of every arm of the sensitivity study")
     sweep_weights: list[Weight] = Field([1.0, 4.0], description="of the predictor, beside 0 and the default")
@@ -148,7 +154,8 @@ class Parameters(BaseModel):
                 f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
         require("wrong_file" not in self.ladder or len(self.member_names) >= 4,
                 "the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
-        for name in ("member_names", "feature_spaces", "stronger_networks", "ladder", "variants", "families"):
+        for name in ("member_names", "feature_spaces", "stronger_networks", "ladder", "variants", "families",
+                     "later_methods"):  # fmt: skip
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{name} has {max(values, key=values.count, default='')} twice")
         channels = {"fashion_mnist": 1, "cifar10": 3}[self.dataset]
