@@ -91,7 +91,7 @@ def test_what_changes_a_step_is_in_its_identity_and_what_is_at_its_default_is_no
     (dict(num_eval=0), "notebook 04: num_eval is 0: input should be greater than or equal to 1"),
     (dict(boosting="sometimes"), "boosting is 'sometimes'"),
     (dict(head_channels=7), "num_head_channels"),
-    (dict(profile="quik"), "unknown profile quik: there are cifar10, "),
+    (dict(profile="quik"), "unknown profile quik: there are after, cifar10, "),
 ])  # fmt: skip
 def test_what_is_impossible_is_said_before_anything_is_made(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):

@@ -312,6 +312,56 @@ def test_likelihoods_are_found_again_resumed_and_the_same_in_any_batch(store):
     assert jobs.Likelihood(store, real, sampling(batch_size=4), same, levels=3).digest == one.digest
 
 
+class Worse:
+    """A network that stands for a copy of "tiny"."""
+
+    digest = "worse"
+
+    def __init__(self):
+        self.network, self.made = random_network(Denoiser, SCORE, 5), 0
+
+    def ensure(self):
+        self.made += 1
+
+
+def test_images_are_led_away_from_a_copy_in_denoisers_and_in_weights(store):
+    worse, plain = Worse(), jobs.ImageSet(store, sampling(), 8).ensure()
+    arms = {(weight, way): jobs.ImageSet(store, sampling(worse=worse, worse_weight=weight, in_weights=way), 8)
+            for weight in (0.0, 0.5) for way in (False, True)}
+    assert len({arm.digest for arm in arms.values()} | {plain.digest}) == 5 and arms[0.5, True].sources == (worse,)
+    for (weight, _), arm in arms.items():
+        assert arm.rows.artifact.identity["inputs"]["worse"] == "worse"
+        off = np.abs(arm.images.astype(int) - plain.images.astype(int))
+        assert off.max() <= 1 if weight == 0 else off.mean() > 1
+        assert arm.calls.tolist() == [[7, 0]] * 8
+    assert worse.made >= 4 and not np.array_equal(arms[0.5, True].images, arms[0.5, False].images)
+    named = jobs.ImageSet(store, sampling(worse="tiny", worse_weight=1.0), 8)  # itself: nothing to lead away from
+    assert named.sources == () and np.abs(named.images.astype(int) - plain.images.astype(int)).max() <= 1
+
+
+def test_images_that_are_rejected_are_the_same_in_any_batch_and_say_what_they_asked_for(store, trained):
+    guide = jobs.Guidance(trained, (0,), weight_1st_order=0.0, rejection=0.5)
+    sets = [jobs.ImageSet(store, sampling(batch_size=size, shard_size=24), 24, 100, guide) for size in (8, 24)]
+    one, other = (images.ensure() for images in sets)
+    assert np.abs(one.images.astype(int) - other.images.astype(int)).max() <= 1
+    assert np.array_equal(one.calls, other.calls) and one.calls[:, 0].min() == 7 < one.calls[:, 0].max()
+    plain = jobs.ImageSet(store, sampling(), 24, 100).ensure()
+    same = (one.images == plain.images).all((1, 2, 3))
+    assert 0 < same.sum() < 24 and (one.calls[same, 0] == 7).all() and (one.calls[~same, 0] > 7).all()
+    with pytest.raises(UserError, match="give a quantile, and no boosting with it"):
+        jobs.replace(guide, boosting="released")
+
+
+def test_heads_that_learn_by_the_denoisers_error_lower_it(store):
+    fakes = jobs.ImageSet(store, sampling(), 40)
+    usual, ours = (jobs.Trained(store, training(members=(MemberConfig("a", 1e-2, 0.0, 6),), **how), fakes)
+                   for how in ({}, {"denoiser": "tiny"}))
+    assert usual.digest != ours.digest
+    losses = [row["val_loss"] for row in ours.ensure().history[0]]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    assert np.isnan(ours.history[0][0]["val_accuracy"])  # it sees no generated image
+
+
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden.json")
 
 
