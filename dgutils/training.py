@@ -428,7 +428,7 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
             order = rng.permutation(len(learn.images))
             weights = [weight for trainee in now for weight in trainee.head.parameters()]
             totals = torch.zeros(parts, len(now), 3, dtype=torch.float64, device=device)
-            if _records(device, parts) and (recorded is None or recorded.trainees != now):
+            if not denoise and _records(device, parts) and (recorded is None or recorded.trainees != now):
                 recorded = RecordedStep(extractor, settings, now, device)
             for batch in noised_batches(learn, order, now, rng, settings, device):
                 if recorded and recorded(batch):
