@@ -38,6 +38,48 @@ def grad_log_density_ratio(ensemble, x: torch.Tensor, sigma: torch.Tensor, preci
     return grad.double() * scale, ratio.detach().double()
 
 
+@torch.no_grad()
+def log_density_ratio(ensemble, x, sigma, precision: str = "float32"):
+    """log r alone, in nats, [N], float64: arguments as of `grad_log_density_ratio`."""
+    with autocast(x.device, precision):
+        return ensemble.log_density_ratio(x * vp_scale(sigma)[:, None, None, None], sigma_to_vp_time(sigma)).double()
+
+
+def rejection_bounds(log_ratios, sigmas, share: float, time_min: float = 0.01, time_max: float = 1.0):
+    """Of the growth of log r in each step, this quantile, at least 0: [steps - 1], bounds for `rejection_sampler`.
+
+    log_ratios: [steps, N], along some images' trajectories; sigmas: [steps]. -inf where a step ends outside the window.
+    """
+    bounds = torch.quantile(log_ratios.diff(dim=0), share, dim=1).clamp(min=0)
+    vp_time = sigma_to_vp_time(sigmas[1:])
+    return torch.where((vp_time >= time_min) & (vp_time <= time_max), bounds, -torch.inf)
+
+
+def reconstruction_error(log_ratio, denoised, clean, x, sigma, weight: float = 1.0):
+    """Squared error of the guided denoiser on real images, over sigma^2, [N] (Verine et al. 2025): a loss for log r.
+
+    log_ratio(x_vp, vp_time): [N], of real images noised to x = clean + sigma z; denoised: D(x, sigma) without guidance.
+    Its derivative by the parameters of log_ratio needs that of a gradient, but only along the residual, where the
+    gradient is a slope of log r: two more logits, a twentieth of sigma to either side, and no network is
+    differentiated twice.
+    """
+    level = sigma[:, None, None, None].to(x.dtype)
+
+    def logit(x):
+        return log_ratio(x * vp_scale(level), sigma_to_vp_time(sigma))
+
+    with torch.enable_grad():
+        inner = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(logit(inner).sum(), inner)
+    residual = (denoised - clean) / level + weight * level * grad
+    error = residual.flatten(1).square().sum(1)
+    length = error.sqrt()
+    ahead = 0.05 * level * residual / length[:, None, None, None]
+    slope = (logit(x + ahead) - logit(x - ahead)) / (0.1 * level.flatten()) * length  # <residual, grad>
+    linear = 2 * weight * level.flatten() * slope  # its derivative is the error's
+    return error + linear - linear.detach()
+
+
 def check_settings(weight_1st_order, weight_2nd_order, time_min, time_max, boosting="none", log_ratio="logit"):
     """Raises UserError unless these settings of a guided denoiser and its boosting are known or possible."""
     require(log_ratio in LOG_RATIOS, f"unknown log_ratio '{log_ratio}'; choose one of {', '.join(LOG_RATIOS)}")

@@ -1,4 +1,4 @@
-"""Scores of generated images: Fréchet and kernel distances, manifold scores, intervals, classifier scores.
+"""Scores of generated images: Fréchet and kernel distances, manifold scores, copies, intervals, classifier scores.
 
 Everything works on features, float arrays [N,d], with memory linear in N: moments in float64, products of pairs
 in the features' own precision.
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
+from scipy.stats import binomtest, mannwhitneyu
 
 from dgutils.arrays import as_array, as_features, blocks, on_device, same_dim, whole
 from dgutils.errors import UserError, require
@@ -81,6 +83,18 @@ class FrechetReference:
         return float(delta @ delta + np.trace(cov) + self.trace - 2 * cross)
 
     __call__ = distance
+
+    def at_infinity(self, features, splits: int = 4, seed: int = 0) -> float:
+        """The distance extrapolated to infinitely many images (Chong & Forsyth 2020): a line in 1/n, at 0.
+
+        It goes through FD of all and the mean FD of random halves, both halves of each split: so it spreads as FD does.
+        What the reference's own number of images adds stays. Raises UserError below 5 rows a dimension: there the bias
+        is no line (near n = d, FD falls below 0).
+        """
+        x, rng = as_features(features, like=self.mean), np.random.default_rng(seed)
+        require(len(x) >= 5 * x.shape[1], f"{len(x)} images with {x.shape[1]} features: give at least 5 a feature")
+        halves = [half for _ in range(splits) for half in np.array_split(rng.permutation(len(x)), 2)]
+        return 2 * self.distance(x) - float(np.mean([self.distance(x[half]) for half in halves]))
 
     def bootstrap_distances(self, features, indices) -> np.ndarray:
         """The distance of features[i] for every row i of indices [R,n]: exact, or linear from so many rows a dimension.
@@ -275,6 +289,27 @@ def kid(x, y) -> float:
     return PairReference(y, 1, 1).compare(x).kid.value
 
 
+# ---- copies ----------------------------------------------------------------------------
+
+
+def nearest(x, among, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+    """For each row of x [N,d] its distance [N] to the nearest row of `among` [M,d], and that row's number [N]."""
+    on_device(device)
+    among = as_features(among)
+    x, rows = as_features(x, like=among[0]), torch.from_numpy(np.require(among, requirements="CW")).to(device)
+    parts = (torch.from_numpy(np.array(part)).to(rows) for _, part in blocks(x, 1024))
+    which = torch.cat([torch.cdist(part, rows).argmin(1).cpu() for part in parts]).numpy()
+    return np.linalg.norm(x - among[which], axis=1), which  # anew, since products lose digits where rows are alike
+
+
+def copying(distances, held_out) -> float:
+    """The share of pairs in which a generated image is nearer to the training images than a held-out real one.
+
+    Given the distances of both (`nearest`). 0.5: as near as unseen images are; 1: copies (Meehan et al. 2020).
+    """
+    return float(mannwhitneyu(held_out, distances).statistic / (len(held_out) * len(distances)))
+
+
 # ---- intervals -------------------------------------------------------------------------
 
 
@@ -378,3 +413,33 @@ def binary_scores(logits, labels) -> dict[str, float]:
         "classifier_precision": hits / said_real.sum() if said_real.any() else float("nan"),
         "classifier_recall": hits / real.sum() if real.any() else float("nan"),
     }
+
+
+def _logistic(x: np.ndarray, signs: np.ndarray, ridge: float) -> np.ndarray:
+    """Weights [d+1] of a logistic regression of signs, -1 or 1, on x [N,d], the last of them the constant's."""
+    x = np.column_stack([x, np.ones(len(x))])
+
+    def loss(w):  # mean cross-entropy and ridge |w|^2 / 2, and the gradient
+        margin, shrunk = signs * (x @ w), ridge * np.append(w[:-1], 0)
+        pull = -0.5 * (1 - np.tanh(margin / 2)) * signs / len(x)
+        return np.logaddexp(0, -margin).mean() + shrunk @ w / 2, x.T @ pull + shrunk
+
+    return minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
+
+
+def two_sample_test(x, y, ridge: float = 0.01, level: float = 0.95) -> Interval:
+    """Accuracy of a linear classifier that tells x [N,d] from y [M,d], on rows that it has not seen: 0.5 is chance.
+
+    The classifier two-sample test (Lopez-Paz & Oquab 2017), by logistic regression on features of variance 1/d. Even
+    rows are judged by what odd ones taught, and the other way round, as many of both sets. The interval is Wilson's.
+    """
+    x, n = as_features(x, at_least=4), min(len(x), len(y))
+    x, y = x[:n], as_features(y, at_least=4, like=x[0])[:n]
+    both, signs, odd, right = np.concatenate([x, y]), np.repeat([1.0, -1.0], n), np.tile(np.arange(n) % 2, 2) == 1, 0
+    for test in (odd, ~odd):
+        mean, scale = both[~test].mean(0), both[~test].std(0) * both.shape[1] ** 0.5
+        scaled = (both - mean) / np.where(scale > 0, scale, 1)
+        w = _logistic(scaled[~test], signs[~test], ridge)
+        right += int((signs[test] * (scaled[test] @ w[:-1] + w[-1]) > 0).sum())
+    bounds = binomtest(right, 2 * n).proportion_ci(level, "wilson")
+    return Interval(right / (2 * n), float(bounds.low), float(bounds.high), level, 0)

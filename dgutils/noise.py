@@ -15,7 +15,7 @@ from dgutils.errors import require
 BETA_MIN, BETA_MAX = 0.1, 20.0
 
 # Third word of `keyed_rng`'s key: the use that a stream of random numbers serves; the sampler's is 0.
-TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING = 1, 2, 3, 4, 5
+TRAINING, INITIALISATION, VALIDATION, EVALUATION, RESAMPLING, LIKELIHOOD, REJECTION = 1, 2, 3, 4, 5, 6, 7
 
 
 def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
@@ -97,7 +97,17 @@ class PerSampleNoise:
         self.seeds, self.shape, self.device = [int(s) for s in seeds], tuple(shape), device
         require(min(self.seeds, default=-1) >= 0, "PerSampleNoise: needs at least one seed, each >= 0")
 
-    def draw(self, step: int) -> torch.Tensor:
-        """Float64 [N, C, H, W]. Step 0 is the latent; step i + 1 is the noise that churn adds at step i."""
-        draws = [keyed_rng(seed, step).standard_normal(self.shape) for seed in self.seeds]
+    def draw(self, step: int, attempt: int = 0, rows=None) -> torch.Tensor:
+        """Float64 [N, C, H, W]. Step 0 is the latent; step i + 1 is the noise that churn adds at step i.
+
+        attempt: of an image that was rejected, other noise each time. rows: of these images alone.
+        """
+        key = (step, attempt, REJECTION) if attempt else (step,)
+        seeds = self.seeds if rows is None else [self.seeds[row] for row in rows]
+        draws = [keyed_rng(seed, *key).standard_normal(self.shape) for seed in seeds]
         return torch.from_numpy(np.stack(draws)).to(self.device)
+
+    def uniform(self, step: int, attempt: int, rows) -> torch.Tensor:
+        """Float64 in [0, 1), one for each of these images: the coin of a step >= 1, which has no other draw."""
+        draws = [keyed_rng(self.seeds[row], step, attempt, REJECTION).random() for row in rows]
+        return torch.tensor(draws, dtype=torch.float64, device=self.device)

@@ -4,6 +4,7 @@ A denoiser here is any callable `denoise(x, sigma, step, order)`: x float64 [N, 
 `step` the index i of the loop, `order` 1 for the Euler predictor and 2 for the Heun corrector.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -71,14 +72,28 @@ class EpsilonDenoiser:
         return x - level * getattr(eps, "sample", eps)[:, : x.shape[1]]  # diffusers wraps it; variances may follow
 
 
-def classifier_free_denoiser(conditional: Denoise, unconditional: Denoise, weight: float) -> Denoise:
-    """Classifier-free guidance in denoisers, D_u + w (D_c - D_u): Ho & Salimans 2021, eq. 6, whose weight is w - 1."""
+def extrapolated_denoiser(better: Denoise, worse: Denoise, weight: float) -> Denoise:
+    """Away from a worse denoiser: D_worse + w (D - D_worse) = D + (w - 1) (D - D_worse).
+
+    Classifier-free guidance, where the worse one knows no classes (Ho & Salimans 2021, eq. 6, whose weight is w - 1);
+    autoguidance, where it is an earlier or smaller network (Karras et al. 2024); SIMS, where it is a copy that was
+    trained on the network's own images (Alemohammad et al. 2024).
+    """
 
     def denoise(x, sigma, step, order):
-        without = unconditional(x, sigma, step, order)
-        return without + weight * (conditional(x, sigma, step, order) - without)
+        without = worse(x, sigma, step, order)
+        return without + weight * (better(x, sigma, step, order) - without)
 
     return denoise
+
+
+def extrapolated_weights(network, worse, weight: float):
+    """A copy of the network whose parameters are theta - w (theta_worse - theta): Neon (Alemohammad et al. 2025)."""
+    found = copy.deepcopy(network)
+    with torch.no_grad():
+        for ours, its in zip(found.parameters(), worse.parameters(), strict=True):
+            ours.lerp_(its.to(ours), -weight)
+    return found
 
 
 def fitted_sigmas(network, num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> torch.Tensor:
@@ -132,17 +147,58 @@ def edm_sampler(denoise: Denoise, noise: PerSampleNoise, sigmas: torch.Tensor, s
             added = (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * noise_i
             x = x + added[:, None, None, None] * noise.draw(i + 1)
 
-        # Lines 7-8: an Euler step along d = (x - D) / sigma.
-        slope = (x - _ask(denoise, x, sigma_hat, i, 1, seeds)) / sigma_hat[:, None, None, None]
-        step_size = (sigma_next - sigma_hat)[:, None, None, None]
-        x_next = x + step_size * slope
-
-        # Lines 9-11: the trapezoidal correction.
-        if sigma_next > 0:
-            slope_next = (x_next - _ask(denoise, x_next, sigma_next.expand(len(seeds)), i, 2, seeds)) / sigma_next
-            x_next = x + step_size * (slope + slope_next) / 2
-        x = x_next
+        x = _heun_step(denoise, x, sigma_hat, sigma_next, i, seeds)
     return x
+
+
+def _heun_step(denoise: Denoise, x, sigma, sigma_next, step: int, seeds):
+    """Algorithm 2, lines 7-11: from the noise levels sigma [N] to sigma_next, a number."""
+    # Lines 7-8: an Euler step along d = (x - D) / sigma.
+    slope = (x - _ask(denoise, x, sigma, step, 1, seeds)) / sigma[:, None, None, None]
+    step_size = (sigma_next - sigma)[:, None, None, None]
+    x_next = x + step_size * slope
+
+    # Lines 9-11: the trapezoidal correction.
+    if sigma_next > 0:
+        slope_next = (x_next - _ask(denoise, x_next, sigma_next.expand(len(seeds)), step, 2, seeds)) / sigma_next
+        x_next = x + step_size * (slope + slope_next) / 2
+    return x_next
+
+
+def rejection_sampler(denoise: Denoise, log_ratio: Callable, noise: PerSampleNoise, sigmas: torch.Tensor, bounds,
+                      attempts: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as of `edm_sampler`, and how often each asked denoise and log_ratio, [N, 2]: DiffRS (Na et al. 2024).
+
+    A step from x to x' is accepted with probability min(1, r(x') / (r(x) e^bound)), r = p_data / p_model at either
+    level. Over a trajectory the ratios telescope: what is accepted at every step, unclipped, has the law of the data.
+    Heun's step adds no noise that could be drawn again, so a rejected image begins anew; its last attempt is taken.
+    log_ratio(x, sigma): log r in nats, [N]. bounds: one for each step but the last; -inf: always accepted.
+    The draws are functions of (seed, step, attempt); the first attempt's latents are those of `edm_sampler`.
+    """
+    sigmas, calls = sigmas.double().to(noise.device), torch.zeros(len(noise.seeds), 2, dtype=torch.int64)
+    images, left = torch.zeros_like(noise.draw(0)), torch.arange(len(noise.seeds))
+    for attempt in range(attempts):
+        rows, rejected = left, []
+        x = sigmas[0] * noise.draw(0, attempt, rows)
+        before = log_ratio(x, sigmas[0].expand(len(rows)))
+        calls[rows] += torch.tensor([0, 1])
+        for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+            x = _heun_step(denoise, x, sigma.expand(len(rows)), sigma_next, i, [noise.seeds[row] for row in rows])
+            calls[rows] += torch.tensor([2, 1] if sigma_next > 0 else [1, 0])
+            if sigma_next == 0:
+                break
+            after = log_ratio(x, sigma_next.expand(len(rows)))
+            accepted = noise.uniform(i + 1, attempt, rows).log() < after - before - bounds[i]
+            accepted |= attempt == attempts - 1
+            rejected.append(rows[~accepted.cpu()])
+            x, before, rows = x[accepted], after[accepted], rows[accepted.cpu()]
+            if len(rows) == 0:
+                break
+        images[rows] = x
+        left = torch.cat([*rejected, left[:0]]).sort().values
+        if len(left) == 0:
+            break
+    return images, calls
 
 
 def ancestral_sampler(denoise: Denoise, noise: PerSampleNoise, sigmas: torch.Tensor) -> torch.Tensor:

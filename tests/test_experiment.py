@@ -91,7 +91,7 @@ def test_what_changes_a_step_is_in_its_identity_and_what_is_at_its_default_is_no
     (dict(num_eval=0), "notebook 04: num_eval is 0: input should be greater than or equal to 1"),
     (dict(boosting="sometimes"), "boosting is 'sometimes'"),
     (dict(head_channels=7), "num_head_channels"),
-    (dict(profile="quik"), "unknown profile quik: there are cifar10, "),
+    (dict(profile="quik"), "unknown profile quik: there are after, cifar10, "),
 ])  # fmt: skip
 def test_what_is_impossible_is_said_before_anything_is_made(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -199,6 +199,16 @@ def test_plan_counts_the_trainings_of_the_ladder_and_the_worse_images():
     # correct and as run, three seeds each; two faults; a sweep; bootstrap, disjoint, long, full, worse
     assert len(trainings) == len(set(trainings)) == 3 + 3 + 2 + 1 + 5
     assert "fake set, num steps 6" in labels and "fake set" in labels
+
+
+def test_plan_counts_likelihoods_once_where_there_are_to_be_some(small):
+    assert not [step for step in small[0] if step.label.startswith("likelihood")]
+    declared = Declared("quick", dict(num_likelihood=10, batch_size=5, shard_size=5))
+    found = {step.label: step for step in plan.steps(declared) if step.label.startswith("likelihood")}
+    assert found.keys() == {"likelihood: unguided", "likelihood: guidance by Paper"}  # notebook 05's are the same
+    unguided, guided = found.values()
+    assert unguided.work == {"score": 10 * (6 * 24 - 4), "gradient": 0} and guided.work["gradient"] == 10 * 140
+    assert unguided.n == guided.n == 10
 
 
 def test_plan_lists_each_image_once(small):

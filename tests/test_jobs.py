@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dgutils import training as training_module
 from dgutils.arrays import as_features
 from dgutils.discriminator import MemberConfig
 from dgutils.errors import UserError
@@ -288,6 +289,82 @@ def test_images_survive_kill_9_in_the_middle(tmp_path):
     assert np.array_equal(resumed.images, whole.images)
 
 
+def test_likelihoods_are_found_again_resumed_and_the_same_in_any_batch(store):
+    fakes, real = jobs.ImageSet(store, sampling(), 40), jobs.RealSet("fashion_mnist", "test", 6)
+    guide = jobs.Guidance(jobs.Trained(store, training(), fakes), (0,), weight_1st_order=2.0, boosting="released")
+    one = jobs.Likelihood(store, real, sampling(batch_size=4), guide, levels=3)
+    assert one.lacks and one.sources == guide.discriminators.trainings and not list(store.root.glob("*"))
+    first, shards = one.ensure(), list(store.root.glob("likelihood/*/shard_*"))
+    assert len(shards) == 2 and not one.lacks
+    shutil.rmtree(shards[1])
+    again = jobs.Likelihood(store, real, sampling(batch_size=4), guide, levels=3)
+    assert again.digest == one.digest and again.lacks
+    assert again.ensure().value == first.value and np.array_equal(again.ensure().draws, first.draws)
+    made = len(store.lines)
+    assert jobs.Likelihood(store, real, sampling(batch_size=4), guide, levels=3).ensure().value == first.value
+    assert [line.split()[0] for line in store.lines[made:]] == ["HIT"]
+    other = jobs.Likelihood(store, real, sampling(batch_size=2), guide, levels=3)
+    assert abs(other.ensure().value - first.value) < 1e-3  # in batches of another size
+    plain = jobs.Likelihood(store, real, sampling(batch_size=4), levels=3)
+    assert plain.sources == () and plain.ensure().value != first.value
+    assert first.minus(plain.ensure()).value == first.value - plain.ensure().value
+    # of guidance the mean of both weights counts, unboosted
+    same = jobs.replace(guide, weight_1st_order=0.0, weight_2nd_order=2.0, boosting="none")
+    assert jobs.Likelihood(store, real, sampling(batch_size=4), same, levels=3).digest == one.digest
+
+
+class Worse:
+    """A network that stands for a copy of "tiny"."""
+
+    digest = "worse"
+
+    def __init__(self):
+        self.network, self.made = random_network(Denoiser, SCORE, 5), 0
+
+    def ensure(self):
+        self.made += 1
+
+
+def test_images_are_led_away_from_a_copy_in_denoisers_and_in_weights(store):
+    worse, plain = Worse(), jobs.ImageSet(store, sampling(), 8).ensure()
+    arms = {(weight, way): jobs.ImageSet(store, sampling(worse=worse, worse_weight=weight, in_weights=way), 8)
+            for weight in (0.0, 0.5) for way in (False, True)}
+    assert len({arm.digest for arm in arms.values()} | {plain.digest}) == 5 and arms[0.5, True].sources == (worse,)
+    for (weight, _), arm in arms.items():
+        assert arm.rows.artifact.identity["inputs"]["worse"] == "worse"
+        off = np.abs(arm.images.astype(int) - plain.images.astype(int))
+        assert off.max() <= 1 if weight == 0 else off.mean() > 1
+        assert arm.calls.tolist() == [[7, 0]] * 8
+    assert worse.made >= 4 and not np.array_equal(arms[0.5, True].images, arms[0.5, False].images)
+    named = jobs.ImageSet(store, sampling(worse="tiny", worse_weight=1.0), 8)  # itself: nothing to lead away from
+    assert named.sources == () and np.abs(named.images.astype(int) - plain.images.astype(int)).max() <= 1
+
+
+def test_images_that_are_rejected_are_the_same_in_any_batch_and_say_what_they_asked_for(store, trained):
+    guide = jobs.Guidance(trained, (0,), weight_1st_order=0.0, rejection=0.5)
+    sets = [jobs.ImageSet(store, sampling(batch_size=size, shard_size=24), 24, 100, guide) for size in (8, 24)]
+    one, other = (images.ensure() for images in sets)
+    assert np.abs(one.images.astype(int) - other.images.astype(int)).max() <= 1
+    assert np.array_equal(one.calls, other.calls) and one.calls[:, 0].min() == 7 < one.calls[:, 0].max()
+    plain = jobs.ImageSet(store, sampling(), 24, 100).ensure()
+    same = (one.images == plain.images).all((1, 2, 3))
+    assert 0 < same.sum() < 24 and (one.calls[same, 0] == 7).all() and (one.calls[~same, 0] > 7).all()
+    with pytest.raises(UserError, match="give a quantile, and no boosting with it"):
+        jobs.replace(guide, boosting="released")
+
+
+def test_heads_that_learn_by_the_denoisers_error_lower_it(store, monkeypatch):
+    monkeypatch.setattr(training_module, "_records", lambda device, parts: True)
+    monkeypatch.setattr(training_module, "RecordedStep", None)  # which knows cross-entropy alone
+    fakes = jobs.ImageSet(store, sampling(), 40)
+    usual, ours = (jobs.Trained(store, training(members=(MemberConfig("a", 1e-2, 0.0, 6),), **how), fakes)
+                   for how in ({}, {"denoiser": "tiny"}))
+    assert usual.digest != ours.digest
+    losses = [row["val_loss"] for row in ours.ensure().history[0]]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    assert np.isnan(ours.history[0][0]["val_accuracy"])  # it sees no generated image
+
+
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden.json")
 
 
@@ -303,12 +380,16 @@ def measured(store) -> dict:
     x = jobs.sample(sampling(), range(2), guidance)
     real = jobs.RealSet("fashion_mnist", "test", 60)
     scores = jobs.Score(store, fakes, real, "tiny", 5).ensure()
+    few = jobs.RealSet("fashion_mnist", "test", 4)
+    nll = jobs.Likelihood(store, few, sampling(), guidance, levels=3)
+    nll.ensure()
     numbers = {
         "generate": x[0, 0, ::7, ::7].flatten().tolist(),
         "train": [row["val_loss"] for history in trained.history for row in history],
         "logits": jobs.held_out_logits(store, trained, [0.1])[0].flatten()[:8].tolist(),
         "features": jobs.features(store, fakes, "tiny")[0].tolist(),
         "evaluate": [scores.fd.value, scores.kid.value, *scores.fd.draws, *scores.manifold.values()],
+        "likelihood": nll.rows.load(4, "bits").tolist(),
     }
     return {step: {"version": jobs.VERSIONS[step], "values": values} for step, values in numbers.items()}
 

@@ -1,5 +1,6 @@
 """Words follow intervals, sentences and claims follow words."""
 
+import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dgutils import metrics
 from dgutils.errors import UserError
 from dgutils.metrics import Resampled
+from dgutils.pipeline import jobs
 from dgutils.pipeline.jobs import RealSet, Scores
 from dgutils.results.ledger import Ledger, excess, holm, mean_of, over_trainings
 from dgutils.results.statements import direction, summary, verdict
@@ -143,6 +146,27 @@ def test_claims_test_themselves(ledger):
     lines = ledger.claim_sentences()
     assert lines[0].startswith("guidance lowers FID (published 2.03 to 1.77): **reproduced**; own: same sign, KID x ")
     assert lines[-1] == "1 claims are not testable at this scale: of other data."
+
+
+def test_a_claim_on_likelihoods_tests_itself_by_their_change(ledger, monkeypatch):
+    def likelihood(label, values):
+        one = object.__new__(jobs.Likelihood)
+        one.n, one.label, one.digest = len(values), label, f"digest-{label}"
+        monkeypatch.setattr(one, "ensure", lambda: metrics.resample(np.mean, np.array(values), 200, 0), raising=False)
+        return one
+
+    bits = np.random.default_rng(0).normal(3, 0.5, 40)
+    plain, better = likelihood("unguided", bits), likelihood("guided", bits - 0.05)
+    ledger.claim("nll", "guidance lowers NLL", better, plain, "A", published_as=("dg.edm.nll", "dg.edmgpp.nll"))
+    ledger.claim("worse", "guidance raises NLL", better, plain, "A", sign=1)
+    record = ledger.records["claim.nll.nll_change"]
+    assert abs(record["value"] + 0.05) < 1e-12 and np.allclose(record["interval"], -0.05) and record["n"] == 40
+    assert record["unit"] == "bits/dim" and record["artifacts"] == ["digest-guided", "digest-unguided"]
+    assert [ledger.text(f"claim.{key}.summary") for key in ("nll", "worse")] == ["reproduced", "not supported"]
+    shown = ledger.claims_table("ledger", "Claims.").data
+    assert re.search(r"guidance lowers NLL *\| 2.60 bits/dim *\| 2.55 bits/dim *\| -0.05", shown), shown
+    (told, *_) = ledger.claim_sentences()
+    assert "(published 2.60 bits/dim to 2.55 bits/dim): **reproduced**; test images: same sign, NLL changes by" in told
 
 
 def test_excess_compares_guidance_of_unequal_steps():

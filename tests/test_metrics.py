@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from scipy.stats import norm
 
 from dgutils import metrics
 from dgutils.errors import UserError
@@ -93,6 +94,67 @@ def test_linear_bootstrap_has_the_spread_of_the_exact_one():
     exact, linear = reference._exact_distances(x, indices), reference.bootstrap_distances(x, indices)
     assert 0.85 < linear.std() / exact.std() < 1.05
     assert np.corrcoef(exact, linear)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(("n", "d", "scale", "shift"), [(400, 8, 1.2, 0.3), (2000, 64, 1, 0.1), (700, 32, 0.8, 0)])
+def test_frechet_at_infinity_takes_most_of_the_bias_away(n, d, scale, shift):
+    reference, rng = metrics.FrechetReference(stats_of(np.zeros(d), np.eye(d), 10**6)), np.random.default_rng(8)
+    true = d * ((scale - 1) ** 2 + shift**2)
+    sets = [scale * rng.standard_normal((n, d)) + shift for _ in range(40)]
+    found, plain = [reference.at_infinity(x) for x in sets], [reference(x) for x in sets]
+    bias = np.mean(plain) - true
+    assert bias > 0.05 and abs(np.mean(found) - true) < 0.3 * bias
+    assert np.std(found) < 1.15 * np.std(plain)  # so that FD's resamples give its interval
+
+
+def test_frechet_at_infinity_is_a_line_through_all_and_halves():
+    reference, x, rng = metrics.FrechetReference(gaussian(35, 300, 6)), gaussian(36, 200, 6), np.random.default_rng(3)
+    halves = [half for _ in range(5) for half in np.split(rng.permutation(200), 2)]
+    sizes, distances = [200] + [100] * 10, [reference(x)] + [reference(x[half]) for half in halves]
+    by_hand = np.polyfit([1 / n for n in sizes], distances, 1)[1]
+    assert abs(reference.at_infinity(x, 5, seed=3) / by_hand - 1) < 1e-8
+
+
+# ---- copies and classifier two-sample tests
+
+def test_nearest_rows_match_brute_force_and_copies_have_distance_zero():
+    x, among = gaussian(30, 1100, 6).astype(np.float32), gaussian(31, 300, 6).astype(np.float32)  # two blocks of x
+    x[5] = among[250]
+    distances, which = metrics.nearest(x, among)
+    want = np.linalg.norm(x[:, None] - among[None], axis=2)
+    assert np.array_equal(which, want.argmin(1)) and np.allclose(distances, want.min(1), rtol=1e-5, atol=1e-6)
+    assert distances[5] == 0 and which[5] == 250
+
+
+def test_copying_is_a_share_of_pairs():
+    assert metrics.copying([1.0, 2.0], [3.0, 4.0]) == 1 and metrics.copying([3.0, 4.0], [1.0, 2.0]) == 0
+    assert metrics.copying([1.0, 4.0], [2.0, 2.0]) == 0.5 and metrics.copying([2.0], [2.0]) == 0.5
+    rng = np.random.default_rng(32)
+    training, unseen = rng.standard_normal((2, 800, 8))
+    held_out = metrics.nearest(unseen[400:], training)[0]
+    assert abs(metrics.copying(metrics.nearest(unseen[:400], training)[0], held_out) - 0.5) < 0.07
+    noisy = training[:400] + 0.05 * rng.standard_normal((400, 8))
+    assert metrics.copying(metrics.nearest(noisy, training)[0], held_out) > 0.95
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.5])
+def test_two_sample_accuracy_is_that_of_the_best_classifier(shift):
+    """Of N(0, I) and N(shift, I) in 4 dimensions the best is right with probability Phi(|shift| / 2)."""
+    rng, best = np.random.default_rng(33), norm.cdf(shift * 2 / 2)
+    found = [metrics.two_sample_test(rng.standard_normal((400, 4)), shift + rng.standard_normal((500, 4)))
+             for _ in range(10)]
+    assert abs(np.mean([one.value for one in found]) - best) < 0.015
+    assert sum(one.low <= best <= one.high for one in found) >= 8 and all(one.low < one.high for one in found)
+
+
+def test_two_sample_test_sees_no_difference_that_only_its_own_rows_have():
+    """With more dimensions than rows every training set can be told apart: held-out rows decide."""
+    rng = np.random.default_rng(34)
+    x, y = rng.standard_normal((2, 80, 300))
+    found = metrics.two_sample_test(x, y)
+    assert found.low < 0.5 < found.high
+    constant = np.column_stack([x, np.ones(80)])  # a feature without spread
+    assert np.isfinite(metrics.two_sample_test(constant, constant + 0.0).value)
 
 
 # ---- kernel distance
@@ -267,6 +329,10 @@ GOOD, HOLED = np.eye(6), np.where(np.eye(6) > 0, np.nan, 1.0)
     (lambda: metrics.frechet_distance(GOOD, GOOD[:, :4]), "dimensions differ"),
     (lambda: metrics.FrechetReference(GOOD).bootstrap_distances(GOOD[:, :4], [[0, 1]]), "dimensions differ"),
     (lambda: metrics.kid(GOOD, GOOD[:, :4]), "dimensions differ"),
+    (lambda: metrics.nearest(GOOD, GOOD[:, :4]), "dimensions differ"),
+    (lambda: metrics.two_sample_test(GOOD, GOOD[:, :4]), "dimensions differ"),
+    (lambda: metrics.two_sample_test(GOOD, GOOD[:3]), "at least 4 feature rows, got 3"),
+    (lambda: metrics.FrechetReference(GOOD).at_infinity(GOOD), "give at least 5 a feature"),
     (lambda: metrics.FeatureStats.of(np.empty((0, 3))), "need at least 1 feature rows, got 0"),
     (lambda: metrics.frechet_distance(GOOD, GOOD[:1]), "at least 2 images, got 1"),
     (lambda: metrics.kid(GOOD, GOOD[:1]), "at least 2"),

@@ -63,7 +63,7 @@ def test_work_finds_in_the_notebooks_what_they_need(tmp_path, monkeypatch, capfd
     smallest = ["num_fake=40", "num_eval=32", "num_sweep=32", "num_key=32", "variants=[tasks]",
                 "seed_blocks=1", "ladder=[raw_logits]", "repeats=1", "num_steps=2", "epochs=[1, 1, 1, 1, 1, 1]",
                 "epoch_scale=1", "sweep_weights=[]", "discriminator_batch_size=16",
-                "feature_spaces=[fashion-mnist-adm]"]  # fmt: skip
+                "feature_spaces=[fashion-mnist-adm]", "later_methods=[]"]  # whose arms follow from others' scores
     smallest = [part for text in smallest for part in ("--set", text)]
     work = ["work", "--profile", "smoke"]
     assert __main__.main([*work, "--minutes", "1e-6", *smallest]) == 0

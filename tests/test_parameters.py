@@ -100,6 +100,8 @@ def test_what_only_looks_like_a_number_is_refused(profiles, text):
     ("score_network: cifar10-edm-2m", "cifar10-edm-2m is of images with 3 channels, those of fashion_mnist"),
     ("score_network: nope", "no network 'nope'; shipped: "),
     ("score_network: fashion-mnist-adm", "'fashion-mnist-adm' is no denoiser but: Noise-conditional ADM classifier"),
+    ("stronger_networks: [32x32_classifier]", "is no denoiser but: "),
+    ("stronger_networks: [edm-cifar10-uncond-vp-ddo]", "stronger_networks edm-cifar10-uncond-vp-ddo is of images with"),
     ("conditional_network: 32x32_classifier", "is no denoiser but: "),
     ("feature_extractor: fashion-mnist-edm", "'fashion-mnist-edm' is no extractor but: Unconditional EDM denoiser"),
     ("feature_extractor: cifar10-adm", "feature_extractor cifar10-adm is of images with 3 channels, those of fash"),

@@ -64,6 +64,8 @@ def test_encoders(name, record_property):
 PUBLISHED = {
     "edm-cifar10-32x32-uncond-vp": (55_733_891, "1c5f38fd273af62a"),
     "edm-cifar10-32x32-cond-vp": (55_735_299, "740b096010232034"),
+    "edm-cifar10-uncond-vp-ddo": (55_733_891, "1c5f38fd273af62a"),  # the same network, other weights
+    "neon-edm-cifar10-uncond": (55_733_891, "1c5f38fd273af62a"),
     "edm-ffhq-64x64-uncond-vp": (61_805_571, "327e9abfb3a00b61"),
     "edm-afhqv2-64x64-uncond-vp": (61_805_571, "327e9abfb3a00b61"),
     "32x32_classifier": (47_771_112, "d5e863278bb0966a"),

@@ -131,7 +131,7 @@ def test_classifier_free_guidance_of_gaussians():
         return 0.5 * x
 
     for weight in (0.0, 1.0, 2.0):
-        guided = sampler.classifier_free_denoiser(conditional, gaussian_denoiser, weight)
+        guided = sampler.extrapolated_denoiser(conditional, gaussian_denoiser, weight)
         expected = gaussian_denoiser(x, sigma, 0, 1) * (1 - weight) + weight * 0.5 * x
         assert (guided(x, sigma, 0, 1) - expected).abs().max() < 1e-15
 

@@ -86,7 +86,7 @@ def fetch():
 
 def test_registry_is_complete():
     names = list(weights.registry())
-    assert len(names) == 12 and {"edm-cifar10-32x32-uncond-vp", "discriminator_60", "inception"} <= set(names)
+    assert len(names) == 14 and {"edm-cifar10-32x32-uncond-vp", "discriminator_60", "inception"} <= set(names)
     for entry in weights.registry().values():
         assert entry.url.startswith("https://") and entry.licence and entry.what and entry.megabytes > 0
         assert entry.kind in ("denoiser", "extractor", "discriminator", "inception", "data")
@@ -94,7 +94,7 @@ def test_registry_is_complete():
         assert os.path.splitext(entry.file)[1] in weights._MAGIC
         if not entry.url.startswith(weights.DRIVE):
             assert entry.url.endswith("/" + entry.file)
-    assert len({entry.file for entry in weights.registry().values()}) == 12
+    assert len({entry.file for entry in weights.registry().values()}) == 14
     assert weights.published("64x64_classifier").clock == "cosine"
     with pytest.raises(UserError, match="no published file 'edm'; there are: edm-cifar10"):
         weights.published("edm")

@@ -16,7 +16,8 @@ from dgutils.errors import UserError
 from dgutils.machine import device, provenance, resolve_precision
 from dgutils.networks import checkpoints, weights
 from dgutils.noise import karras_sigmas, sigma_to_vp_time
-from dgutils.pipeline.jobs import Guidance, ImageSet, Sampling, Trained
+from dgutils.pipeline.copies import BATCH, Copy
+from dgutils.pipeline.jobs import Guidance, ImageSet, Likelihood, Sampling, Trained
 from dgutils.pipeline.parameters import Parameters
 from dgutils.pipeline.work import Declared, needed
 from dgutils.sampler import network_denoiser, nfe
@@ -56,7 +57,8 @@ def _images(sets: list, features: Counter[str]) -> Step:
     if arm.lacks:
         sampling, guide, count = arm.sampling, arm.guide, len(arm.rows.missing(arm.n)) * arm.rows.shard_size
         evaluations = nfe(sampling.num_steps) if sampling.sampler == "heun" else sampling.num_steps
-        work["score"] = count * evaluations * (2 if sampling.cfg_network else 1)
+        two = sampling.cfg_network or (sampling.worse and not sampling.in_weights)
+        work["score"] = count * evaluations * (2 if two else 1)
         work["gradients" if guide and len(guide.members) > 1 else "gradient"] = count * _guided_steps(sampling, guide)
         disk += count * math.prod(checkpoints.image_shape(sampling.score_network))
     return Step(arm.label, arm.n, work, features, disk)
@@ -68,6 +70,16 @@ def _training(trained: Trained) -> Step:
     epochs = ", ".join(f"{member.name} {member.epochs}" for member in config.members)
     work = Counter(train=images * sum(member.epochs for member in config.members))
     return Step(f"training: {trained.label}, {epochs} epochs", images, work)
+
+
+def _copy(item: Copy) -> Step:
+    work = Counter(score=3 * item.steps * BATCH)  # an image forth and back is as much as three evaluations
+    return Step(f"training: {item.label}, {item.steps} steps", item.images.n, work)
+
+
+def _likelihood(item: Likelihood) -> Step:
+    work = len(item.rows.missing(item.n)) * item.rows.shard_size * (6 * item.levels - 4)
+    return Step(f"likelihood: {item.label}", item.n, Counter(score=work, gradient=work if item.guide else 0))
 
 
 def steps(declared: Declared) -> list[Step]:
@@ -83,12 +95,14 @@ def steps(declared: Declared) -> list[Step]:
             features.pop((images.digest, score.space), None)
     items, wanted = needed([score.images for score in lacking] + declared.made), defaultdict(Counter)
     same: dict[str, dict] = {}  # images that are equal -> the sets of them, of different numbers
-    for images in [item for item in items if not isinstance(item, Trained)] + list(features.values()):
+    for images in [item for item in items if isinstance(item, ImageSet)] + list(features.values()):
         same.setdefault(_which(images), {})[images.digest] = images
     for (_, space), images in features.items():
         wanted[_which(images)][space] += images.n
     return [*(_training(item) for item in items if isinstance(item, Trained)),
-            *(_images(list(sets.values()), wanted[key]) for key, sets in same.items())]
+            *(_copy(item) for item in items if isinstance(item, Copy)),
+            *(_images(list(sets.values()), wanted[key]) for key, sets in same.items()),
+            *(_likelihood(item) for item in items if isinstance(item, Likelihood))]
 
 
 def _which(images) -> str:

@@ -90,10 +90,14 @@ class Draws:
 
 
 class Batches:
-    """The training images on the device; batch number `step` is a function of (seed, step)."""
+    """The training images on the device; batch number `step` is a function of (seed, step).
 
-    def __init__(self, dataset: str, training: dict, device: torch.device):
-        self.images, self.labels = (torch.tensor(x, device=device) for x in datasets.load_dataset(dataset, "train"))
+    images: uint8 [N, H, W, C], in the place of the dataset's, without classes.
+    """
+
+    def __init__(self, dataset: str, training: dict, device: torch.device, images: np.ndarray | None = None):
+        images, labels = datasets.load_dataset(dataset, "train") if images is None else (images, [0] * len(images))
+        self.images, self.labels = torch.tensor(images, device=device), torch.tensor(labels, device=device)
         self.size, self.seed, self.flips = (training[key] for key in ("batch_size", "seed", "horizontal_flip"))
         self.epoch = self.order = None
 
@@ -195,9 +199,9 @@ def _finite(name: str, losses: list[torch.Tensor], step: int) -> float:
 
 
 def train_network(name: str, out_dir: Path, save_minutes: float = 5.0, minutes: float | None = None,
-                  device: torch.device | None = None,
-                  saved: Callable[[Path], None] = lambda weights: None) -> Path:  # fmt: skip
-    """Train the network of recipe `name`; returns the path of the weights.
+                  device: torch.device | None = None, saved: Callable[[Path], None] = lambda weights: None,
+                  recipe: dict | None = None, images: np.ndarray | None = None) -> Path:  # fmt: skip
+    """Train the network of recipe `name`, or of the recipe given; returns the path of the weights.
 
     Goes on from the checkpoint in `out_dir`, on a CPU to the same bits. Without one it goes on from the weights of the
     recipe's `start`, or from its own if they are shipped but not finished (with a fresh optimiser and warm-up, which
@@ -206,16 +210,17 @@ def train_network(name: str, out_dir: Path, save_minutes: float = 5.0, minutes: 
     recipe's share of them; or at SIGINT or SIGTERM, after the step it is at. Whichever it is, checkpoint, weights and
     card are left, as they are every `save_minutes`; saved(weights) is called after each time. Without the test images
     the card says null where the held-out loss would be, as it does while the training lasts.
-    device: `default_device()` unless given; flips and noise are drawn there, and only what is written waits for it.
+    images: as of `Batches`. device: `default_device()` unless given; flips and noise are drawn there, and only what is
+    written waits for it.
     Raises UserError when the loss is not finite, naming the step, for a `start` of another architecture or one that has
     seen all the recipe's images, and if another process trains on the same checkpoint.
     """
     began = last_save = time.monotonic()
     require(minutes is None or 0 < minutes < math.inf, f"{minutes} minutes: give a number above 0")
-    recipe, device = load_recipe(name), device or default_device()
+    recipe, device = recipe or load_recipe(name), device or default_device()
     training, loss_of, on_gpu = recipe["training"], LOSSES[recipe["architecture"]], device.type == "cuda"
     torch.backends.cudnn.benchmark |= on_gpu  # the fastest convolutions, found by trying
-    batches, size, seed = Batches(recipe["dataset"], training, device), training["batch_size"], training["seed"]
+    batches, size, seed = Batches(recipe["dataset"], training, device, images), training["batch_size"], training["seed"]
     model, ema = build(recipe).to(device), build(recipe).to(device).eval()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=training["weight_decay"], fused=on_gpu or None)
     # Its length, and that of the decay at its end: in steps, or in seconds.

@@ -10,7 +10,7 @@ from dgutils import datasets
 from dgutils.discriminator import MemberConfig
 from dgutils.networks.checkpoints import head_config
 from dgutils.pipeline import jobs
-from dgutils.pipeline.jobs import Guidance, ImageSet, RealSet, Sampling, Score, Scores, Trained, Training
+from dgutils.pipeline.jobs import Guidance, ImageSet, Likelihood, RealSet, Sampling, Score, Scores, Trained, Training
 from dgutils.pipeline.parameters import Parameters, load
 
 # The faults of the study's ensemble (`faulty_ensemble`), in words.
@@ -41,7 +41,7 @@ class Experiment:
         self.reference = self.real(p.reference_split)
         self.floor = self.real("test", p.num_eval, p.num_reference if p.reference_split == "test" else 0)
         self.scored: list[Score] = []
-        self.made: list[ImageSet | Trained] = []
+        self.made: list[ImageSet | Likelihood | Trained] = []
         self.sampling(), self.training(), self.guide(None)  # what is impossible is said now, not hours later
 
     # --- how images are drawn and discriminators trained: the profile's settings, with changes
@@ -100,6 +100,11 @@ class Experiment:
         """Discriminators that learn to tell generated images from as many real ones, or from `better` ones."""
         return Trained(self.store, training, fakes, label, better)
 
+    def likelihoods(self, guides: Mapping[str, Guidance | None]) -> dict[str, Likelihood]:
+        """Label -> the likelihood, guided so, of the first num_likelihood test images; nothing if that is 0."""
+        return {label: Likelihood(self.store, self.real("test", n), self.sampling(), guide, label)
+                for label, guide in guides.items() if (n := self.parameters.num_likelihood)}
+
     # --- what is to be made
 
     def declare(self, arms: Mapping[str, Any], spaces: Iterable[str] | None = None,
@@ -107,7 +112,7 @@ class Experiment:
         """Say what this notebook will use: image sets, to be scored, and discriminators, to be trained.
 
         arms: name -> an image set, discriminators, or a list of them. spaces: in which feature spaces they are scored
-        (default: all; [] for none: only drawn). reference: the real images that they are scored against.
+        (default: all; [] for none: only made). reference: the real images that they are scored against.
         """
         spaces = self.parameters.feature_spaces if spaces is None else spaces
         for one in (one for arm in arms.values() for one in (arm if isinstance(arm, list) else [arm])):

@@ -14,17 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from scipy.optimize import minimize_scalar
 
-from dgutils import datasets, metrics
+from dgutils import datasets, likelihood, metrics, sampler
 from dgutils.arrays import NotFiniteRows
 from dgutils.discriminator import Ensemble, evaluate_logits
 from dgutils.errors import UserError, require
-from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings
+from dgutils.guidance import BOOSTING, GuidedDenoiser, check_settings, log_density_ratio, rejection_bounds
 from dgutils.machine import device, log_line, resolve_precision
 from dgutils.networks import checkpoints
 from dgutils.networks.adm import init_head
@@ -33,11 +34,11 @@ from dgutils.noise import RESAMPLING, PerSampleNoise, class_labels, karras_sigma
 from dgutils.paths import results_dir, runs_dir, torchrun_ranks, verbose
 from dgutils.pipeline import ranks
 from dgutils.pipeline.store import KEPT, Store, digest_of_json
-from dgutils.sampler import ancestral_sampler, classifier_free_denoiser, edm_sampler, fitted_sigmas, network_denoiser
+from dgutils.sampler import ancestral_sampler, edm_sampler, extrapolated_denoiser, fitted_sigmas, network_denoiser
 from dgutils.terminal import bar, note
 from dgutils.training import Split, TrainingSettings, train_discriminators
 
-VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "evaluate": 1}
+VERSIONS = {"generate": 1, "train": 1, "logits": 1, "features": 1, "evaluate": 1, "likelihood": 1}
 FEATURE_SHARD = 1000  # images whose features are one file, at most
 PILOT = range(3_000_000, 3_000_064)  # seeds on which norms are measured, apart from all that are scored
 
@@ -67,6 +68,8 @@ def less_defaults(config, *without: str) -> dict:
     def identity(value):
         if isinstance(value, Guidance):
             return less_defaults(value, "discriminators") | {"discriminators": value.discriminators.digest}
+        if hasattr(value, "digest"):
+            return value.digest
         if getattr(value, "args", ()) or getattr(value, "__closure__", None):
             raise UserError(f"{value}: give a function's settings as functools.partial(function, name=value)")
         if isinstance(value, partial):
@@ -86,7 +89,8 @@ class Sampling:
 
     precision: "auto" becomes this machine's. sampler: "heun" (EDM), or "ancestral" (DDPM: of the schedule, num_steps
     alone counts). conditional: every image has a class, a function of its seed. cfg_network: the unconditional network
-    of classifier-free guidance, of weight cfg_weight; "" for none.
+    of classifier-free guidance, of weight cfg_weight; "" for none. worse: a network's name, or a `copies.Copy`, away
+    from which to extrapolate by worse_weight, in denoisers or, in_weights, in parameters.
     """
 
     score_network: str
@@ -101,6 +105,9 @@ class Sampling:
     conditional: bool = False
     cfg_network: str = ""
     cfg_weight: float = 1.0
+    worse: Any = None
+    worse_weight: float = 0.0
+    in_weights: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "precision", resolve_precision(self.precision))
@@ -151,6 +158,9 @@ class Guidance:
 
     rule: as of `Ensemble`. calibrated: members at their `Trained.temperature`. change: as of `GuidedDenoiser`.
     equal_to: another guidance, whose mean norm this one is to have at every noise level (see `equalised`).
+    rejection: above 0, images are rejected along their trajectories (`sampler.rejection_sampler`), too, and of the
+    growth of log r in each step this quantile is the bound (see `bounded`, which sets bounds). With a weight above 0
+    log r acts twice.
     """
 
     discriminators: Discriminators
@@ -166,8 +176,12 @@ class Guidance:
     calibrated: bool = False
     change: Callable | None = None
     equal_to: "Guidance | None" = None
+    rejection: float = 0.0
+    bounds: tuple[float, ...] = ()
 
     def __post_init__(self):
+        require(0 <= self.rejection <= 1 and not (self.rejection and self.boosting != "none"),
+                f"rejection {self.rejection}, boosting {self.boosting}: give a quantile, and no boosting with it")
         check_settings(self.weight_1st_order, self.weight_2nd_order, self.time_min, self.time_max, self.boosting,
                        self.log_ratio)
 
@@ -179,17 +193,23 @@ class Guidance:
 
 def make_denoiser(sampling: Sampling, guidance: Guidance | None = None, seeds=()):
     """The sampler's callable for a config: the score network, guided or not. seeds: whose classes, if conditional."""
-    network = checkpoints.load_denoiser(sampling.score_network).to(device())
-    labels = one_hot = None
+    def load(which):
+        return (checkpoints.load_denoiser(which) if isinstance(which, str) else which.network).to(device())
+
+    network, labels, one_hot = load(sampling.score_network), None, None
+    if sampling.in_weights:
+        network = sampler.extrapolated_weights(network, load(sampling.worse), sampling.worse_weight)
     if sampling.conditional:
         require(network.label_dim, f"'{sampling.score_network}' knows no classes: choose a class-conditional network")
         labels = class_labels(seeds, network.label_dim).to(device())
         one_hot = torch.nn.functional.one_hot(labels, network.label_dim).float()
     denoise = network_denoiser(network, sampling.precision, one_hot)
     if sampling.cfg_network:
-        unconditional = network_denoiser(checkpoints.load_denoiser(sampling.cfg_network).to(device()),
-                                         sampling.precision)
-        denoise = classifier_free_denoiser(denoise, unconditional, sampling.cfg_weight)
+        unconditional = network_denoiser(load(sampling.cfg_network), sampling.precision)
+        denoise = extrapolated_denoiser(denoise, unconditional, sampling.cfg_weight)
+    if sampling.worse and not sampling.in_weights:
+        worse = network_denoiser(load(sampling.worse), sampling.precision, one_hot)
+        denoise = extrapolated_denoiser(denoise, worse, 1 + sampling.worse_weight)
     if guidance is None:
         return denoise
     guidance = equalised(sampling, guidance)
@@ -231,15 +251,45 @@ def draw(sampling: Sampling, denoise, seeds, churn=None) -> torch.Tensor:
 
 def sample(sampling: Sampling, seeds, guidance: Guidance | None = None) -> torch.Tensor:
     """Images of these seeds, [N, C, H, W] in [-1, 1], in one batch, stored nowhere."""
-    denoise = make_denoiser(sampling, guidance, seeds)
-    return draw(sampling, denoise, seeds, denoise.churn if guidance else None)
+    return drawn(sampling, seeds, guidance)[0]
+
+
+def drawn(sampling: Sampling, seeds, guide: Guidance | None = None) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Images as of `sample`, and, if guidance rejects, what each asked for: as of `rejection_sampler`."""
+    denoise = make_denoiser(sampling, guide, seeds)
+    if not guide or not guide.rejection:
+        return draw(sampling, denoise, seeds, denoise.churn if guide else None), None
+    network, guide = checkpoints.load_denoiser(sampling.score_network), bounded(sampling, guide)
+    sigmas = fitted_sigmas(network, sampling.num_steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+    log_ratio = partial(log_density_ratio, guide.ensemble, precision=sampling.precision)
+    noise = PerSampleNoise(seeds, network.shape, device())
+    images, calls = sampler.rejection_sampler(denoise, log_ratio, noise, sigmas, guide.bounds)
+    return images, calls.numpy()
+
+
+def bounded(sampling: Sampling, guide: Guidance) -> Guidance:
+    """The guidance with the bounds by which it rejects: `rejection_bounds` over the images of PILOT, drawn by it."""
+    if not guide.rejection or guide.bounds:
+        return guide
+    require(sampling.sampler == "heun" and not sampling.conditional, "rejection needs Heun's steps, without classes")
+    denoise, seen, sigmas = make_denoiser(sampling, guide), [], []
+
+    def watched(x, sigma, step, order):
+        if order == 1:
+            seen.append(log_density_ratio(guide.ensemble, x, sigma, sampling.precision))
+            sigmas.append(sigma[0])
+        return denoise(x, sigma, step, order)
+
+    draw(sampling, watched, PILOT)
+    return replace(guide, bounds=tuple(rejection_bounds(torch.stack(seen), torch.stack(sigmas), guide.rejection,
+                                                        guide.time_min, guide.time_max).tolist()))  # fmt: skip
 
 
 @dataclass(eq=False)
 class ImageSet:
     """The images of n seeds from first_seed on: `images` uint8 [n, H, W, C], `digest`, and a label for people.
 
-    rows: where they are stored, in shards. sources: the trained discriminators that guide it.
+    rows: where they are stored, in shards. sources: what is trained for them, discriminators or a copy of the network.
     Raises UserError for n < 1 and unknown networks, and, when they are drawn, for images that stop being finite.
     """
 
@@ -254,6 +304,8 @@ class ImageSet:
         sampling, config = self.sampling, less_defaults(self.sampling)
         inputs = {role: checkpoints.weights_digest(config[role])
                   for role in ("score_network", "cfg_network") if role in config}
+        if worse := sampling.worse:
+            inputs["worse"] = checkpoints.weights_digest(worse) if isinstance(worse, str) else worse.digest
         if self.guide:
             config["guidance"] = less_defaults(self.guide, "discriminators")
             inputs["discriminators"] = self.guide.discriminators.digest
@@ -261,6 +313,7 @@ class ImageSet:
         self.rows = artifact.shards(sampling.shard_size, self.first_seed)
         self.digest, self.seeds = self.rows.digest(self.n), range(self.first_seed, self.first_seed + self.n)
         self.sources = self.guide.discriminators.trainings if self.guide else ()
+        self.sources += (worse,) if worse and not isinstance(worse, str) else ()
 
     @property
     def lacks(self) -> bool:
@@ -277,13 +330,15 @@ class ImageSet:
             for trained in self.sources:
                 trained.ensure()
         # a copy, whose networks go when the images are there
-        guide = cache(lambda: self.guide and equalised(self.sampling, replace(self.guide)))
+        guide = cache(lambda: self.guide and bounded(self.sampling, equalised(self.sampling, replace(self.guide))))
 
         def draw_shard(seeds):
             size = self.sampling.batch_size
             batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-            images = [datasets.to_uint8(sample(self.sampling, batch, guide())) for batch in batches]
-            return {"images": np.concatenate(images)}
+            found = [drawn(self.sampling, batch, guide()) for batch in batches]
+            calls = [calls for _, calls in found if calls is not None]
+            return {"images": np.concatenate([datasets.to_uint8(images) for images, _ in found])} | (
+                {"calls": np.concatenate(calls)} if calls else {})
 
         self.rows.ensure(self.n, draw_shard)
         return self
@@ -294,6 +349,16 @@ class ImageSet:
         with ranks.alone():
             self.ensure()
         return self.rows.load(self.n, "images")
+
+    @property
+    def calls(self) -> np.ndarray:
+        """How often each image asked the denoiser, and, to be rejected or not, log r alone: int64 [n, 2]."""
+        if not self.guide or not self.guide.rejection:
+            count = self.sampling.num_steps
+            return np.tile([sampler.nfe(count) if self.sampling.sampler == "heun" else count, 0], (self.n, 1))
+        with ranks.alone():
+            self.ensure()
+        return self.rows.load(self.n, "calls")
 
 
 @dataclass(frozen=True)
@@ -338,7 +403,7 @@ class Training(TrainingSettings):
     num_real: of real images, and of generated ones; the real ones from number first_real on, or, with a real_seed,
     drawn by it. precision: as of `Sampling`. held_out_every: of so many images, one validates and one tests. start: the
     shipped head that every member goes on from; "": random weights, of each its own. shuffled: a control, whose labels
-    say nothing.
+    say nothing. denoiser: the score network whose error is the objective, as of `train_discriminators`; "": none.
     """
 
     dataset: str
@@ -351,6 +416,7 @@ class Training(TrainingSettings):
     shuffled: bool = False
     first_real: int = 0
     start: str = ""
+    denoiser: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "precision", resolve_precision(self.precision, pixels=False))
@@ -375,7 +441,8 @@ class Trained(Discriminators):
         inputs = {"fakes": self.fakes.digest,
                   "real": self.better.digest if self.better else datasets.dataset_digest(config.dataset, "train"),
                   "feature_extractor": checkpoints.weights_digest(config.feature_extractor)}
-        inputs |= {"start": checkpoints.weights_digest(config.start)} if config.start else {}
+        inputs |= {role: checkpoints.weights_digest(name) for role in ("start", "denoiser")
+                   if (name := getattr(config, role))}
         identity = less_defaults(config) | {"members": [dataclasses.asdict(member) for member in config.members]}
         # Scores that the repository keeps are older than the choice of groups, which were of 4 channels.
         identity["head"] = {k: v for k, v in config.head.items() if (k, v) != ("num_group_channels", 4)}
@@ -422,6 +489,7 @@ class Trained(Discriminators):
             resume = safetensors.torch.load(tensors), json.loads(info)
         learn, validate, _ = self.splits
         extractor = checkpoints.load_feature_extractor(config.feature_extractor).to(device())
+        denoise = network_denoiser(checkpoints.load_denoiser(config.denoiser).to(device())) if config.denoiser else None
         done = sum(len(h) for h in resume[1]["histories"]) if resume else 0
         with bar(sum(m.epochs for m in config.members), self.label, done, group.main) as epochs:
 
@@ -432,7 +500,7 @@ class Trained(Discriminators):
             members = train_discriminators(
                 extractor, self._first_head, learn, validate,
                 replace(config, clock=checkpoints.clock(config.feature_extractor)),
-                progress, checkpoint, resume, group)
+                progress, checkpoint, resume, group, denoise)
         states = {f"{m}.{which}.{k}": v for m, member in enumerate(members)
                   for which, state in (("last", member.last_state), ("best", member.best_state), *member.kept.items())
                   for k, v in state.items()}
@@ -639,3 +707,55 @@ class Score:
         record = {name: {"value": resampled.value, "draws": resampled.draws.tolist()}
                   for name, resampled in (("fd", fd), ("kid", pairs.kid))}
         (folder / "scores.json").write_text(json.dumps({"manifold": pairs.manifold} | record))
+
+
+@dataclass(eq=False)
+class Likelihood:
+    """How likely real images are under a score network, guided or not (dgutils/likelihood.py); by name until `ensure`.
+
+    A likelihood is a field's, not a sampler's: guidance acts everywhere by the mean of its two weights, unboosted; in
+    float32. The noise is keyed by the number of the image, so that guided and unguided likelihoods share it.
+    """
+
+    store: Store
+    images: RealSet
+    sampling: Sampling
+    guide: Guidance | None = None
+    label: str = "likelihood"
+    levels: int = 24
+
+    def __post_init__(self):
+        self.sampling, self.n, self.sources = replace(self.sampling, precision="float32"), self.images.n, ()
+        network, sigma_max = self.sampling.score_network, self.sampling.sigma_max
+        config = {"score_network": network, "sigma_max": sigma_max, "levels": self.levels}
+        inputs = {"images": self.images.digest, "score_network": checkpoints.weights_digest(network)}
+        if self.guide:
+            weight = (self.guide.weight_1st_order + self.guide.weight_2nd_order) / 2
+            self.sources = self.guide.discriminators.trainings
+            self.guide = replace(self.guide, weight_1st_order=weight, weight_2nd_order=weight, boosting="none")
+            config["guidance"] = less_defaults(self.guide, "discriminators")
+            inputs["discriminators"] = self.guide.discriminators.digest
+        artifact = self.store.artifact("likelihood", VERSIONS["likelihood"], config, inputs, self.label)
+        self.rows = artifact.shards(min(self.sampling.batch_size, self.n))
+        self.digest = self.rows.digest(self.n)
+
+    lacks = ImageSet.lacks
+
+    def ensure(self) -> metrics.Resampled:
+        """Bits a dimension, the mean over images: `.interval()`, or `.minus()` that of the same images, guided else.
+
+        What guides is trained first. The ranks of a group call it together.
+        """
+        for trained in self.sources if ranks.group().agree(self.lacks) else ():
+            trained.ensure()
+
+        def compute_shard(rows):
+            images = self.images.images[rows.start : rows.stop]
+            seeds, sigmas = rows[: len(images)], likelihood.noise_levels(self.sampling.sigma_max, self.levels)
+            x = likelihood.dequantise(images, seeds).to(device())
+            found = likelihood.log_density(make_denoiser(self.sampling, self.guide), x, seeds, sigmas)
+            bits = likelihood.bits_per_dim(found, x[0].numel()).numpy(force=True)
+            return {"bits": np.pad(bits, (0, len(rows) - len(bits)))}  # the last shard may want a few
+
+        bits = self.rows.ensure(self.n, compute_shard).load(self.n, "bits")
+        return metrics.resample(np.mean, bits, 1000, seed=0)

@@ -36,9 +36,11 @@ Boosting = Literal["none", "released", "paper"]
 Family = Literal["strength", "fault", "controls", "quality", "world", "overfitting"]
 Fault = Literal["steps", "raw_logits", "sequential", "wrong_file", "last_epoch", "boosting", "batch_size"]
 NETWORKS = {"score_network": "denoiser", "conditional_network": "denoiser", "feature_extractor": "extractor",
-            "published_discriminator": "discriminator", "conditional_discriminator": "discriminator"}  # fmt: skip
+            "published_discriminator": "discriminator", "conditional_discriminator": "discriminator",
+            "worse_network": "denoiser"}  # fmt: skip
 Variant = Literal["bootstrap", "disjoint", "best", "long", "overfitted", "overfitted_best", "full", "full_best",
                   "full_raw", "worse", "tasks"]  # fmt: skip
+Later = Literal["reconstruction", "diffrs", "sims", "neon", "autoguidance"]
 
 
 class AsRun(BaseModel):
@@ -106,8 +108,11 @@ class Parameters(BaseModel):
     published_discriminator: str = Field("", description="a published head on the same extractor, an arm of its own")
     conditional_network: str = Field("", description="a class-conditional denoiser, for arms of its own")
     conditional_discriminator: str = Field("", description="the published head that guides it")
+    stronger_networks: list[str] = Field([], description="other denoisers of the same images, an unguided arm each")
     cfg_weights: list[Real] = Field([], description="of classifier-free guidance by both networks, an arm each")
     ancestral_steps: int = Field(23, ge=0, le=10_000, description="of DDPM's sampler, an arm of its own; 0 for none")
+    num_tested: int = Field(320, ge=0, le=10**7, description="images of every arm that are tested, sought in training")
+    num_likelihood: int = Field(0, ge=0, le=10_000, description="test images whose likelihood is computed; 0 for none")
     # why the ensemble failed (notebook 06)
     ladder: list[Fault] = Field([], description="faults of the study's ensemble, in the order in which they are mended")
     as_run: AsRun = Field(AsRun(), description="the study's settings that faults stand for")
@@ -118,6 +123,10 @@ class Parameters(BaseModel):
     strengths: list[Weight] = Field([2.0, 1.0, 4.0, 8.0], description="guidance weights of its ensembles")
     overfit_images: int = Field(2000, ge=10, le=10**7, description="real, and generated, of its overfitted member")
     worse_steps: int = Field(6, ge=2, le=10_000, description="Heun steps of the worse sampler of two variants")
+    # what came after (notebook 05)
+    later_methods: list[Later] = Field([], description="later methods, over `repeats` trainings, beside guidance")
+    copy_steps: Count = Field(300, description="of training a copy of the score network, for sims and neon")
+    worse_network: str = Field("", description="from which autoguidance leads away: an earlier score network")
     # sensitivity (notebook 05)
     num_sweep: Count = Field(160, description="images of every arm of the sensitivity study")
     sweep_weights: list[Weight] = Field([1.0, 4.0], description="of the predictor, beside 0 and the default")
@@ -145,7 +154,8 @@ class Parameters(BaseModel):
                 f"shard_size {self.shard_size} is not a multiple of batch_size {self.batch_size}")
         require("wrong_file" not in self.ladder or len(self.member_names) >= 4,
                 "the fault wrong_file needs at least 4 members: it lay in slot 3, counted from 0")
-        for name in ("member_names", "feature_spaces", "ladder", "variants", "families"):
+        for name in ("member_names", "feature_spaces", "stronger_networks", "ladder", "variants", "families",
+                     "later_methods"):  # fmt: skip
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{name} has {max(values, key=values.count, default='')} twice")
         channels, there_are = {"fashion_mnist": (1, 60_000), "cifar10": (3, 50_000)}[self.dataset]
@@ -153,6 +163,7 @@ class Parameters(BaseModel):
         for name in (name for name, trained in real.items() if trained and getattr(self, name) > there_are):
             raise UserError(f"{name} is {getattr(self, name)}: {self.dataset} has {there_are} training images")
         used = [(name, getattr(self, name), kind) for name, kind in NETWORKS.items()]
+        used += [("stronger_networks", network, "denoiser") for network in self.stronger_networks]
         used += [("feature_spaces", space, "extractor") for space in self.feature_spaces if not published(space)]
         for name, network, kind in used:
             if not network and not Parameters.model_fields[name].default:  # may be left out

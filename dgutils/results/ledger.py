@@ -21,7 +21,7 @@ from dgutils.machine import now, provenance
 from dgutils.metrics import Interval, Resampled
 from dgutils.networks.features import metric_name
 from dgutils.paths import figures_dir, results_dir
-from dgutils.pipeline.jobs import Scores
+from dgutils.pipeline.jobs import Likelihood, Scores
 from dgutils.results import records as kept
 from dgutils.results.provenance import fingerprint, lineage, section_of, sections
 from dgutils.results.records import Results, format_value, published
@@ -292,26 +292,34 @@ class Ledger:
 
     # --- claims
 
-    def claim(self, key: str, text: str, arm: BySpace | None, baseline: BySpace | None, section: str,
+    def claim(self, key: str, text: str, arm: BySpace | Likelihood | None, baseline, section: str,
               sign: float | None = None, published_as: tuple[str, str] | None = None) -> None:
         """State a claim and test it: in each feature space by the sign of arm less baseline in KID, then in one word.
 
         It asserts either a sign, or that of the change between two published numbers, keys of published.csv. Without
-        an arm it is not testable at this scale. Records claim.<key>.<space>.kid_change, .n, .trainings and .summary.
+        an arm it is not testable at this scale. Records claim.<key>.<space>.kid_change, .n, .trainings and .summary;
+        of two likelihoods claim.<key>.nll_change, which decides.
         """
         if published_as:
             before, after = (published()[name]["value"] for name in published_as)
             sign = after - before
-        verdicts, name = {}, f"claim.{key}"
-        if arm is not None:
+        name, tested = f"claim.{key}", {}  # slot -> where, what and the key of its change
+        if isinstance(arm, Likelihood):
+            n, trainings, tested = arm.n, 1, {"first": ("test images", "NLL", f"{name}.nll_change")}
+            self.value(f"{name}.nll_change", arm.ensure().minus(baseline.ensure()), f"NLL of {arm.label} minus "
+                       f"{baseline.label}", section, unit="bits/dim", n=n, artifacts=[arm.digest, baseline.digest])
+        elif arm is not None:
+            n, trainings = arm["first"][0].arm.n, len(arm["first"])
             self.change(name, arm, baseline, section, only=["kid"])
-            verdicts = {slot: verdict(sign, *self.records[f"{name}.{slot}.kid_change"]["interval"]) for slot in arm}
-            self.value(f"{name}.n", arm["first"][0].arm.n, f"{text}: n", section)
-            self.value(f"{name}.trainings", len(arm["first"]), f"{text}: trainings", section)
+            tested = {slot: (self.spaces[slot], "KID x 1000", f"{name}.{slot}.kid_change") for slot in arm}
+        verdicts = {slot: verdict(sign, *self.records[of]["interval"]) for slot, (_, _, of) in tested.items()}
+        if tested:
+            self.value(f"{name}.n", n, f"{text}: n", section)
+            self.value(f"{name}.trainings", trainings, f"{text}: trainings", section)
         word = summary(list(verdicts.values()))
         word = word if published_as else word.replace("reproduced", "supported")  # nobody published it before
         self.value(f"{name}.summary", word, f"{text}: summary", section)
-        self.claims[key] = {"text": text, "published": published_as or (None, None), "verdicts": verdicts}
+        self.claims[key] = dict(text=text, published=published_as or (None, None), verdicts=verdicts, tested=tested)
 
     def family(self, name: str, caption: str, section: str, alpha: float = 0.05) -> Markdown:
         """Test all claims so far as one family, in the first feature space; record and show their table.
@@ -330,12 +338,12 @@ class Ledger:
 
     def claims_table(self, name: str, caption: str) -> Markdown:
         """Record and show the table of all claims so far."""
-        spaces = {f"Our change ({space})": f"{slot}.kid_change" for slot, space in self.spaces.items()}
-        tested = {"Holm's p": "holm"} if any(f"claim.{key}.holm" in self.records for key in self.claims) else {}
-        ours = spaces | {"n": "n", "Trainings": "trainings"} | tested | {"Verdict": "summary"}
-        rows = [(claim["text"], *claim["published"], *(f"claim.{key}.{what}" for what in ours.values()))
-                for key, claim in self.claims.items()]
-        return self.show(name, ["Claim", "Published before", "Published after", *ours], rows, caption)
+        spaces = [f"Our change ({space})" for space in self.spaces.values()]
+        held = {"Holm's p": "holm"} if any(f"claim.{key}.holm" in self.records for key in self.claims) else {}
+        ours = {"n": "n", "Trainings": "trainings"} | held | {"Verdict": "summary"}
+        rows = [(claim["text"], *claim["published"], *(claim["tested"].get(slot, ("",) * 3)[2] for slot in self.spaces),
+                 *(f"claim.{key}.{what}" for what in ours.values())) for key, claim in self.claims.items()]
+        return self.show(name, ["Claim", "Published before", "Published after", *spaces, *ours], rows, caption)
 
     def claim_sentences(self) -> list[str]:
         """The claims in words, a line each that was tested, and one for the others."""
@@ -343,8 +351,8 @@ class Ledger:
         for key, claim in self.claims.items():
             before, after = claim["published"]
             told = f" (published {self.text(before)} to {self.text(after)})" if before else " (our own)"
-            each = [f"{self.spaces[slot]}: {word}, KID x 1000 changes by {self.text(f'claim.{key}.{slot}.kid_change')}"
-                    for slot, word in claim["verdicts"].items()]
+            each = [f"{where}: {claim['verdicts'][slot]}, {what} changes by {self.text(of)}"
+                    for slot, (where, what, of) in claim["tested"].items()]
             if each:
                 lines.append(f"{claim['text']}{told}: **{self.text(f'claim.{key}.summary')}**; {'; '.join(each)}.")
         return lines + [f"{len(untested)} claims are not testable at this scale: {'; '.join(untested)}."]

@@ -123,7 +123,7 @@ def legend_above(ax) -> None:
 def legend_below(fig, ax, **options) -> None:
     """The legend of one axis for the whole figure."""
     handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), **options)
+    fig.legend(handles, labels, **{"loc": "outside lower center", "ncols": len(labels)} | options)
 
 
 def sampler_axis(ax, sigmas, window, **settings) -> None:
