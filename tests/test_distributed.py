@@ -55,7 +55,7 @@ def learn(folder):
 
 def small_study(folder):
     """A little of every step that ranks share; the rank that a file names, if any, is killed in its second shard."""
-    sample, calls = jobs.sample, []
+    drawn, calls = jobs.drawn, []
 
     def deadly(*arguments):
         calls.append(arguments)
@@ -66,16 +66,16 @@ def small_study(folder):
             (folder / "died").write_text(json.dumps(done))
             doomed.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        return sample(*arguments)
+        return drawn(*arguments)
 
-    jobs.sample, jobs.FEATURE_SHARD = deadly, 16
+    jobs.drawn, jobs.FEATURE_SHARD = deadly, 16
     store = Store(folder, lambda line: None)
     images = jobs.ImageSet(store, tiny.sampling(), IMAGES).ensure()
     jobs.Trained(store, tiny.training(), jobs.ImageSet(store, tiny.sampling(), 40).ensure()).ensure()
     for of in (images, jobs.RealSet("fashion_mnist", "test", 50)):
         jobs.features(store, of, "tiny")
     learn(folder)
-    jobs.sample = sample
+    jobs.drawn = drawn
 
 
 def complain(folder):
@@ -104,19 +104,19 @@ def dawdle(folder):
 
 def run_out_of_time(folder):
     """The time of rank 0 alone is up in its second shard; all ranks stop."""
-    group, sample, calls = ranks.group(), jobs.sample, []
+    group, drawn, calls = ranks.group(), jobs.drawn, []
 
     def slow(*arguments):
         calls.append(arguments)
         if len(calls) == 2 and group.rank == 0:
             group.deadline = time.monotonic()
-        return sample(*arguments)
+        return drawn(*arguments)
 
-    jobs.sample = slow
+    jobs.drawn = slow
     with pytest.raises(ranks.TimeUp):
         jobs.ImageSet(Store(folder, lambda line: None), tiny.sampling(), IMAGES).ensure()
     (folder / f"stopped_{group.rank}").touch()
-    jobs.sample = sample
+    jobs.drawn = drawn
 
 
 def be_a_rank(what, folder, minutes):
